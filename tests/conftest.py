@@ -1,0 +1,25 @@
+"""What every test shares: the device to run on, a fixed seed, and hypothesis settings."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+# Examples are the same on every run, and slow machines do not fail a test.
+hypothesis.settings.register_profile("torchmix", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("torchmix")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()"))]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device this machine has."""
+    return torch.device(request.param)
