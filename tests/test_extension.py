@@ -1,0 +1,111 @@
+"""The kernel loader: what it finds, what it says, and how it is switched off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchmix import _extension
+from torchmix._extension import KernelLibrary, KernelStatus, disable_kernels, kernel_status, kernels_available
+
+ROOT = Path(__file__).parents[1]
+LIVE = (KernelLibrary(Path("_C.so"), "cpu"),)
+
+
+@pytest.fixture
+def live_cpu_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "_LIBRARIES", LIVE)
+
+
+def test_build_without_kernels_says_so() -> None:
+    reason = KernelStatus(()).reason("cpu")
+    assert reason == "this build has no compiled kernels; ops run on the PyTorch reference"
+
+
+def test_status_and_availability_agree() -> None:
+    for device_type in ("cpu", "cuda"):
+        assert kernels_available(device_type) == (kernel_status().reason(device_type) is None)
+
+
+def test_library_serves_its_device_only() -> None:
+    assert KernelStatus(LIVE).reason("cpu") is None
+    assert "no compiled kernels for cuda (found _C.so)" in str(KernelStatus(LIVE).reason("cuda"))
+
+
+def test_broken_library_is_recorded_and_warned_about(tmp_path: Path) -> None:
+    (tmp_path / "_C.so").write_bytes(b"not a shared library")
+    (tmp_path / "_C_cuda.so").write_bytes(b"nor is this")
+    (tmp_path / "other.so").write_bytes(b"not ours")
+    with pytest.warns(RuntimeWarning, match="failed to load"):
+        libraries = _extension._load_libraries(tmp_path)
+    assert [(library.path.name, library.device_type) for library in libraries] == [
+        ("_C.so", "cpu"),
+        ("_C_cuda.so", "cuda"),
+    ]
+    reason = str(KernelStatus(libraries).reason("cuda"))
+    assert "_C_cuda.so: OSError" in reason
+    assert "PyTorch reference" in reason
+
+
+def test_good_library_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    for name in ("_C_cuda.abi3.so", "_C.abi3.so"):
+        (tmp_path / name).touch()
+    status = KernelStatus(_extension._load_libraries(tmp_path))
+    assert loaded == [str(tmp_path / "_C.abi3.so"), str(tmp_path / "_C_cuda.abi3.so")], "CPU first"
+    assert status.reason("cpu") is None
+    assert status.reason("cuda") is None
+
+
+@pytest.mark.usefixtures("live_cpu_library")
+def test_disable_kernels_nests_and_restores() -> None:
+    assert kernels_available("cpu")
+    with disable_kernels():
+        with disable_kernels():
+            assert not kernels_available("cpu")
+        assert "disable_kernels()" in str(kernel_status().reason("cpu"))
+    assert kernels_available("cpu")
+    with pytest.raises(KeyError), disable_kernels():
+        raise KeyError("an error inside the block")
+    assert kernels_available("cpu")
+
+
+@pytest.mark.usefixtures("live_cpu_library")
+def test_disable_kernels_holds_for_its_thread_only() -> None:
+    seen: list[bool] = []
+    with disable_kernels():
+        thread = threading.Thread(target=lambda: seen.append(kernels_available("cpu")))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_kernels_are_optional_by_default(value: str) -> None:
+    _extension._check_required((), value)
+
+
+def test_required_kernels_must_all_be_live() -> None:
+    _extension._check_required(LIVE, "1")
+    broken = (*LIVE, KernelLibrary(Path("_C_cuda.so"), "cuda", "OSError: no such symbol"))
+    with pytest.raises(ImportError, match=r"_C_cuda\.so: OSError: no such symbol"):
+        _extension._check_required(broken, "1")
+    with pytest.raises(ImportError, match="'yes' is not understood"):
+        _extension._check_required(LIVE, "yes")
+
+
+def test_require_variable_fails_the_import_of_a_build_without_kernels() -> None:
+    if kernel_status().libraries:
+        pytest.skip("this build has kernels")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHMIX_REQUIRE_KERNELS": "1"}
+    command = [sys.executable, "-c", "import torchmix._extension"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "ImportError: TORCHMIX_REQUIRE_KERNELS=1, but this build has no compiled kernels" in result.stderr

@@ -1,0 +1,130 @@
+"""Layer 0: load the compiled kernels once, and say which of them are live.
+
+A build with kernels leaves shared libraries named ``_C*.so`` next to this file: ``_C.so`` for the CPU and
+``_C_cuda.so`` for CUDA. They are loaded when this module is first imported, before any op is defined in
+Python, because a library may define the schemas itself. A build without kernels is complete: every op
+then runs on its PyTorch reference. ``TORCHMIX_REQUIRE_KERNELS=1`` turns that into an ImportError.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_REQUIRE_VARIABLE = "TORCHMIX_REQUIRE_KERNELS"
+_FALLBACK = "ops run on the PyTorch reference"
+
+
+@dataclass(frozen=True)
+class KernelLibrary:
+    """One compiled library found next to the package.
+
+    path: the file. device_type: "cpu" or "cuda". error: why it could not be loaded, None where it is live.
+    """
+
+    path: Path
+    device_type: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """Which kernels are live, and why the others are not.
+
+    libraries: every library found, in loading order. disabled: True inside ``disable_kernels()``.
+    """
+
+    libraries: tuple[KernelLibrary, ...]
+    disabled: bool = False
+
+    def reason(self, device_type: str) -> str | None:
+        """Why no kernel serves ``device_type`` ("cpu", "cuda"), in one sentence; None where one does."""
+        matching = [library for library in self.libraries if library.device_type == device_type]
+        errors = [
+            f"{library.path.name}: {library.error}" for library in matching if library.error is not None
+        ]
+        if errors:
+            return f"compiled kernels for {device_type} failed to load ({'; '.join(errors)}); {_FALLBACK}"
+        if not self.libraries:
+            return f"this build has no compiled kernels; {_FALLBACK}"
+        if not matching:
+            found = ", ".join(library.path.name for library in self.libraries)
+            return f"this build has no compiled kernels for {device_type} (found {found}); {_FALLBACK}"
+        if self.disabled:
+            return f"kernels are switched off by disable_kernels(); {_FALLBACK}"
+        return None
+
+
+def kernels_available(device_type: str) -> bool:
+    """True where a compiled library for ``device_type`` ("cpu", "cuda") is loaded and not switched off.
+
+    Asks only what was loaded: it does not initialise CUDA and does not look for a device.
+    """
+    return kernel_status().reason(device_type) is None
+
+
+def kernel_status() -> KernelStatus:
+    """The libraries found when torchmix was imported, and whether the caller has switched them off."""
+    return KernelStatus(_LIBRARIES, disabled=_DISABLED.get())
+
+
+@contextmanager
+def disable_kernels() -> Iterator[None]:
+    """Run ops on the PyTorch reference inside this block, to test or time a kernel against it.
+
+    Holds for the current thread (or task) only, and may be nested. Code compiled outside the block keeps
+    the choice it was compiled with.
+    """
+    token = _DISABLED.set(True)
+    try:
+        yield
+    finally:
+        _DISABLED.reset(token)
+
+
+def _load_libraries(directory: Path) -> tuple[KernelLibrary, ...]:
+    """Load every ``_C*.so`` of ``directory``, the CPU library first; a failure is recorded and warned of."""
+    return tuple(_load_library(path) for path in sorted(directory.glob("_C*.so")))
+
+
+def _load_library(path: Path) -> KernelLibrary:
+    device_type = "cuda" if path.name.startswith("_C_cuda") else "cpu"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        message = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"torchmix: {path} failed to load ({message}); {_FALLBACK}", RuntimeWarning, stacklevel=2
+        )
+        return KernelLibrary(path, device_type, message)
+    return KernelLibrary(path, device_type)
+
+
+def _check_required(libraries: tuple[KernelLibrary, ...], required: str) -> None:
+    """Raise ImportError where ``required``, the variable's value, is "1" and a kernel is missing."""
+    if required in ("", "0"):
+        return
+    if required != "1":
+        raise ImportError(
+            f"{_REQUIRE_VARIABLE}={required!r} is not understood; set it to 1, or to 0 or nothing"
+        )
+    status = KernelStatus(libraries)
+    device_types = {"cpu"} | {library.device_type for library in libraries}
+    reasons = [reason for device_type in sorted(device_types) if (reason := status.reason(device_type))]
+    if reasons:
+        raise ImportError(
+            f"{_REQUIRE_VARIABLE}=1, but {' and '.join(reasons)}. "
+            f"Rebuild torchmix with its kernels, or unset {_REQUIRE_VARIABLE}"
+        )
+
+
+_DISABLED: ContextVar[bool] = ContextVar("torchmix_kernels_disabled", default=False)
+_LIBRARIES = _load_libraries(Path(__file__).parent)
+_check_required(_LIBRARIES, os.environ.get(_REQUIRE_VARIABLE, ""))
