@@ -1,0 +1,41 @@
+"""torchmix: mixed-precision quantization between output features, native to PyTorch.
+
+The map of the package, lowest layer first:
+
+``packing``, ``primitives``, ``accounting``
+    bytes of packed codes, the quantization grid, stored bits
+``ops``
+    registered operators with readable references: ``torch.ops.torchmix.*``
+``tensor``
+    ``MixedPrecisionTensor``, the weight whose rows have different widths
+``capture``, ``evaluation``
+    what flows through linear layers; perplexity and KL divergence
+``rounding``, ``salience``, ``allocation``
+    GPTQ and simpler rounding; what a row's error costs; which row gets how many bits
+``selection``, ``scoring``, ``calibration``, ``config``, ``checkpoint``
+    which weights; scores of all rows; what was measured; ``quantize_``; files
+``workflow``, ``data``, ``huggingface``
+    ``calibrate``; tokens from texts, chats and data sets; transformers
+``cli``, ``demo``
+    the command line; the bundled model
+"""
+
+from __future__ import annotations
+
+from torchmix.allocation import BitPlan
+from torchmix.calibration import Calibration
+from torchmix.config import MixLLMConfig, mixllm_config
+from torchmix.evaluation import Evaluation, evaluate
+from torchmix.tensor import MixedPrecisionTensor
+from torchmix.workflow import calibrate
+
+__all__ = [
+    "BitPlan",
+    "Calibration",
+    "Evaluation",
+    "MixLLMConfig",
+    "MixedPrecisionTensor",
+    "calibrate",
+    "evaluate",
+    "mixllm_config",
+]

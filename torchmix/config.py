@@ -1,0 +1,355 @@
+"""``mixllm_config`` (L6): the configuration that torchao's ``quantize_`` takes, and its handler.
+
+``quantize_`` shows each ``nn.Linear`` to the handler without its name. A layer is therefore recognised by the
+fingerprint of its weight, which the plan holds: that works for a plan read from JSON and for a copy of the model,
+and refuses a model that was not the one measured. Experts and GPT-2's ``Conv1D`` are never shown; they are
+quantized when the first module comes by, through the model that ``calibrate`` saw or that was passed as ``model``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import types
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from torchmix.accounting import budget_in_bits, check_group_size, width_costs
+from torchmix.allocation import AllocationProblem, BitPlan, LayerChoices, LayerPlan, allocate
+from torchmix.calibration import Calibration
+from torchmix.evaluation import sqnr_db
+from torchmix.rounding import ROUNDING_METHODS, RoundedWeight, round_weight
+from torchmix.scoring import data_free_scores
+from torchmix.selection import MIN_IN_FEATURES, Target, check_target, select_parameters, weight_fingerprint
+from torchmix.tensor import MixedPrecisionTensor
+
+logger = logging.getLogger(__name__)
+DATA_FREE_WIDTHS = (4, 8)
+DATA_FREE_BITS = 4.5
+Granularity = Literal["group", "token"]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What became of one layer.
+
+    Attributes:
+        name: parameter name, or the module's description where no name is known.
+        bits_per_weight: stored bits per weight, all metadata counted.
+        sqnr_db: signal to quantization noise ratio of the weight in dB.
+        method: rounding that was used ("gptq", "clip", "rtn").
+        notes: what went differently than asked for, e.g. a fallback; empty when nothing did.
+        seconds: time the rounding took.
+    """
+
+    name: str
+    bits_per_weight: float
+    sqnr_db: float
+    method: str
+    notes: tuple[str, ...]
+    seconds: float
+
+
+@dataclass
+class MixLLMConfig(AOBaseConfig):
+    """Quantize weights to rows of mixed widths, and activations to int8 on the fly.
+
+    Use :func:`mixllm_config` to make one.
+
+    Args:
+        `plan`: row widths of every layer; None ranks the rows of each layer by their own rounding error.
+        `calibration`: Hessians for GPTQ; None rounds without data.
+        `rounding`: "gptq", "clip", "rtn"; None takes "gptq" where there are Hessians, else "clip".
+        `group_size`: inputs per scale, used without a plan.
+        `activation_group`: "group" for one activation scale per token and group, "token" for one per token.
+        `bits`: budget per layer in bits per weight, used without a plan.
+        `records`: filled while quantizing, one :class:`LayerRecord` per layer.
+        `progress`: called as ``progress(layers_done, layers_in_all, name)``.
+        `version`: of this configuration class.
+    """
+
+    plan: BitPlan | None = None
+    calibration: Calibration | None = None
+    rounding: str | None = None
+    group_size: int = 128
+    activation_group: Granularity = "group"
+    bits: float = DATA_FREE_BITS
+    records: list[LayerRecord] = field(default_factory=list, repr=False)
+    progress: Callable[[int, int, str], None] | None = field(default=None, repr=False)
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        torch._C._log_api_usage_once("torchmix.MixLLMConfig")
+        if self.rounding is not None and self.rounding not in ROUNDING_METHODS:
+            raise ValueError(f"rounding={self.rounding!r} is not known; choose one of {ROUNDING_METHODS}")
+        if self.activation_group not in ("group", "token"):
+            raise ValueError(f"activation_group={self.activation_group!r} must be 'group' or 'token'")
+        check_group_size(self.group_size)
+        has_hessians = self.calibration is not None and bool(self.calibration.hessians)
+        if self.rounding == "gptq" and not has_hessians:
+            raise ValueError(
+                "rounding='gptq' needs a calibration with Hessians; pass calibration=calibrate(model, data), or "
+                "choose rounding='clip'"
+            )
+        if self.calibration is not None and self.plan is None:
+            raise ValueError("a calibration without a plan: pass plan=calibration.plan(bits=4.5) as well")
+        if self.plan is not None and self.calibration is not None:
+            _check_same_model(self.plan, self.calibration)
+        self._method = self.rounding or ("gptq" if has_hessians else "clip")
+        self._by_fingerprint: dict[str, deque[LayerPlan]] = {}
+        for layer in self.plan.layers.values() if self.plan is not None else ():
+            self._by_fingerprint.setdefault(layer.fingerprint, deque()).append(layer)
+        self._done: dict[int, tuple[Any, nn.Parameter]] = {}
+        self._model: Any = None  # weak reference to the model whose experts are quantized along
+        self._pending: list[Target] = []
+        self._warned = False
+
+
+def mixllm_config(
+    plan: BitPlan | None = None,
+    calibration: Calibration | None = None,
+    *,
+    model: nn.Module | None = None,
+    rounding: str | None = None,
+    group_size: int = 128,
+    activation_group: Granularity = "group",
+    bits: float = DATA_FREE_BITS,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> MixLLMConfig:
+    """Configuration for ``quantize_(model, mixllm_config(plan, calibration))``.
+
+    Without arguments it works on any module: the rows of each layer are ranked by their own rounding error, the
+    budget holds for each layer, and rounding is a clip search; one warning says what was done without.
+
+    Args:
+        plan, calibration, rounding, group_size, activation_group, bits, progress: see :class:`MixLLMConfig`.
+        model: the model that will be quantized; needed when the plan holds experts or ``Conv1D`` weights and was
+            not made by a calibration of this very model.
+
+    Raises:
+        ValueError: for settings that contradict each other, a calibration of another model than the plan's, or
+            a plan that holds weights which ``quantize_`` does not show, without a model to find them in.
+    """
+    config = MixLLMConfig(plan, calibration, rounding, group_size, activation_group, bits, progress=progress)
+    hidden = [] if plan is None else [name for name, layer in plan.layers.items() if _is_hidden(layer)]
+    if hidden:
+        found = model if model is not None else _model_of(calibration)
+        if found is None:
+            raise ValueError(
+                f"{hidden[0]}: quantize_ shows only nn.Linear modules to a configuration, but this plan holds "
+                f"{len(hidden)} expert or Conv1D weights; pass mixllm_config(..., model=model)"
+            )
+        selection = select_parameters(found, include=list(plan.layers) if plan is not None else ())
+        config._pending = [target for target in selection.targets if target.name in set(hidden)]
+        config._model = weakref.ref(found)
+    return config
+
+
+def _is_hidden(layer: LayerPlan) -> bool:
+    return layer.transposed or layer.num_experts is not None
+
+
+def _model_of(calibration: Calibration | None) -> nn.Module | None:
+    """The model that was calibrated, if it still exists in this process."""
+    return calibration.model() if calibration is not None and calibration.model is not None else None
+
+
+def _check_same_model(plan: BitPlan, calibration: Calibration) -> None:
+    for name, layer in plan.layers.items():
+        measured = calibration.layers.get(name)
+        if measured is None or measured.fingerprint != layer.fingerprint:
+            raise ValueError(
+                f"{name}: the plan and the calibration are not of the same model "
+                f"({'not measured' if measured is None else 'other weights'}); make the plan with calibration.plan()"
+            )
+
+
+@register_quantize_module_handler(MixLLMConfig)
+def _quantize_module(module: nn.Module, config: MixLLMConfig, *, parameter_name: str = "weight") -> nn.Module:
+    """Handler of ``quantize_``: replaces one parameter of one module."""
+    _quantize_pending(module, config)
+    weight = getattr(module, parameter_name, None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() not in (2, 3):
+        return module
+    done = config._done.get(id(weight))
+    if isinstance(weight, MixedPrecisionTensor):
+        if any(weight is parameter for _, parameter in config._done.values()):
+            return module
+        raise TypeError(f"{module} is already quantized ({weight}); start from the original model")
+    if done is not None and done[0]() is weight:  # a second module with the same, tied parameter
+        _replace(module, parameter_name, done[1])
+        return module
+    if config.plan is None:
+        _quantize_data_free(module, parameter_name, config)
+    else:
+        layer = _find_layer(module, weight, config)
+        if layer is not None:
+            _quantize_target(
+                Target(layer.name, module, parameter_name, layer.transposed), layer.row_bits, config
+            )
+    return module
+
+
+def _quantize_pending(module: nn.Module, config: MixLLMConfig) -> None:
+    """Quantize what ``quantize_`` never shows, once, when the first module of the model comes by."""
+    if not config._pending:
+        return
+    model = config._model()
+    if model is None or all(module is not other for other in model.modules()):
+        raise ValueError(
+            f"{config._pending[0].name}: the plan's expert or Conv1D weights belong to another model object than the "
+            "one that is being quantized; pass mixllm_config(..., model=model)"
+        )
+    pending, config._pending = config._pending, []
+    assert config.plan is not None, "only a plan can hold weights that quantize_ does not show"
+    for target in pending:
+        layer = config.plan.layers[target.name]
+        if weight_fingerprint(target.weight) != layer.fingerprint:
+            raise ValueError(
+                f"{target.name}: the weights differ from those that were measured; calibrate this model"
+            )
+        config._by_fingerprint[layer.fingerprint].remove(layer)
+        _quantize_target(target, layer.row_bits, config)
+
+
+def _find_layer(module: nn.Module, weight: Tensor, config: MixLLMConfig) -> LayerPlan | None:
+    """The plan's entry for this weight; None when the plan excludes it."""
+    assert config.plan is not None, "called with a plan only"
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{module} is on the meta device and has no values to quantize; load the weights first"
+        )
+    fingerprint = weight_fingerprint(weight)
+    layers = config._by_fingerprint.get(fingerprint)
+    if layers:
+        return layers.popleft()
+    if any(exclusion.fingerprint == fingerprint for exclusion in config.plan.excluded):
+        return None
+    raise ValueError(
+        f"{module}: no layer of the plan has these weights, so the plan was made for another model (or for this one "
+        "before its weights changed); calibrate this model, or pass a filter_fn that leaves the layer out"
+    )
+
+
+def _quantize_target(target: Target, row_bits: Tensor, config: MixLLMConfig) -> None:
+    """Round one weight (all its experts) and put the quantized tensor in its place."""
+    started = time.perf_counter()
+    check_target(target)
+    rows = target.rows.detach()
+    group_size = config.plan.group_size if config.plan is not None else config.group_size
+    row_bits = row_bits.to(rows.device)
+    experts = [rows] if target.num_experts is None else list(rows)
+    widths = [row_bits] if target.num_experts is None else list(row_bits)
+    rounded = [
+        _round(target.name, expert, expert_weight, bits, group_size, config)
+        for expert, (expert_weight, bits) in enumerate(zip(experts, widths, strict=True))
+    ]
+    parts = [torch.stack([getattr(r, name) for r in rounded]) for name in ("codes", "scale", "zero_point")]
+    codes, scale, zero_point = parts if target.num_experts is not None else (part[0] for part in parts)
+    quantized = MixedPrecisionTensor.from_codes(
+        codes,
+        scale,
+        zero_point,
+        row_bits,
+        group_size,
+        target.weight.dtype,
+        per_token=config.activation_group == "token",
+        transposed=target.transposed,
+    )
+    notes = tuple(
+        r.note if target.num_experts is None else f"expert {e}: {r.note}"
+        for e, r in enumerate(rounded)
+        if r.note
+    )
+    for note in notes:
+        logger.warning("%s: %s", target.name, note)
+    quality = sqnr_db(target.weight.detach().float(), quantized.dequantize(torch.float32))
+    method = "/".join(sorted({r.method for r in rounded}))
+    seconds = time.perf_counter() - started
+    config.records.append(
+        LayerRecord(target.name, quantized.bits_per_weight, quality, method, notes, seconds)
+    )
+    weight, parameter = target.weight, nn.Parameter(quantized, requires_grad=False)
+    config._done[id(weight)] = (weakref.ref(weight), parameter)
+    _replace(target.module, target.parameter_name, parameter)
+    if config.progress is not None:
+        total = len(config.plan.layers) if config.plan is not None else len(config.records)
+        config.progress(len(config.records), total, target.name)
+
+
+def _round(
+    name: str, expert: int, weight: Tensor, row_bits: Tensor, group_size: int, config: MixLLMConfig
+) -> RoundedWeight:
+    """Round one weight with the configured method; without tokens GPTQ has no Hessian and clip search is used."""
+    hessian = None if config.calibration is None else config.calibration.hessian(name, expert)
+    if config._method == "gptq" and hessian is None:
+        note = "no calibration token reached it: rounded with clip search instead of GPTQ"
+        rounded = round_weight(weight, row_bits, group_size, "clip")
+        return RoundedWeight(
+            rounded.codes, rounded.scale, rounded.zero_point, group_size, rounded.method, note
+        )
+    return round_weight(weight, row_bits, group_size, config._method, hessian)
+
+
+def _quantize_data_free(module: nn.Module, parameter_name: str, config: MixLLMConfig) -> None:
+    """Rank the rows of one layer by their own rounding error and round with clip search."""
+    if not config._warned:
+        config._warned = True
+        warnings.warn(
+            "mixllm_config() without a plan: rows are ranked by their own rounding error inside each layer instead of "
+            "by their effect on the loss over all layers, rounding uses no calibration data, and layers are not known "
+            "by name, so an output head is quantized like any layer (pass filter_fn to leave it out). For much better "
+            "quality: calibration = torchmix.calibrate(model, data); plan = calibration.plan(bits=4.5); "
+            "quantize_(model, mixllm_config(plan, calibration)).",
+            stacklevel=2,
+        )
+    target = Target(str(module), module, parameter_name, transposed=False)
+    in_features = target.rows.shape[-1]
+    if in_features < MIN_IN_FEATURES:
+        logger.warning("%s is left alone: its rows have fewer than %d inputs", module, MIN_IN_FEATURES)
+        return
+    check_target(target)
+    if target.weight.device.type == "meta":
+        raise ValueError(
+            f"{module} is on the meta device and has no values to quantize; load the weights first"
+        )
+    scores = data_free_scores(target, DATA_FREE_WIDTHS, config.group_size)
+    choices = LayerChoices(
+        target.name, in_features, width_costs(in_features, DATA_FREE_WIDTHS, config.group_size), scores
+    )
+    low, high = (min(choices.costs) / in_features, max(choices.costs) / in_features)
+    budget = budget_in_bits(min(max(config.bits, low), high), target.weight.numel())
+    problem = AllocationProblem((choices,), DATA_FREE_WIDTHS, budget)
+    _quantize_target(target, allocate(problem).row_bits[target.name], config)
+
+
+def _replace(module: nn.Module, parameter_name: str, parameter: nn.Parameter) -> None:
+    """Put the quantized parameter in place and let ``print(model)`` say so."""
+    setattr(module, parameter_name, parameter)
+    describe = partial(_extra_repr, original=module.extra_repr, parameter_name=parameter_name)
+    module.extra_repr = types.MethodType(describe, module)  # type: ignore[method-assign]
+
+
+def _extra_repr(module: nn.Module, original: Callable[[], str], parameter_name: str) -> str:
+    """``extra_repr`` of a module with a quantized parameter."""
+    weight = getattr(module, parameter_name)
+    described = (
+        [original(), f"{parameter_name}={weight}"]
+        if isinstance(weight, MixedPrecisionTensor)
+        else [original()]
+    )
+    return ", ".join(text for text in described if text)
+
+
+ALLOWED_AO_MODULES.add("torchmix")  # lets torchao's config_from_dict find MixLLMConfig
+MixLLMConfig.__module__ = "torchmix"

@@ -1,0 +1,19 @@
+"""Rounding algorithms (L3): pure functions from a weight, row widths and a Hessian to codes."""
+
+from __future__ import annotations
+
+from torchmix.rounding.clip_search import ClipSearch, clip_round
+from torchmix.rounding.gptq import gptq_round
+from torchmix.rounding.round_weight import ROUNDING_METHODS, round_weight
+from torchmix.rounding.rounded_weight import RoundedWeight
+from torchmix.rounding.rtn import rtn_round
+
+__all__ = [
+    "ROUNDING_METHODS",
+    "ClipSearch",
+    "RoundedWeight",
+    "clip_round",
+    "gptq_round",
+    "round_weight",
+    "rtn_round",
+]

@@ -1,0 +1,91 @@
+"""Salience metrics (L3): one function each, from the signals of one layer and sample to a score per row.
+
+All metrics are sums over samples, and larger means that quantizing the row costs more. To add one, write a
+function of :class:`RowSignals` and enter it in :data:`METRICS`.
+
+Symbols: w a row, dw = quantized w - w its error at some width, x_t the inputs of token t, y_t = w x_t the row's
+output, L the loss of one sample (sum over its tokens). Shapes: T tokens, N rows, K in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowSignals:
+    """What a metric may look at, for one layer, sample and width.
+
+    Attributes:
+        output_error: float32 (T, N), dw x_t of every token and row.
+        output_gradient: float32 (T, N), dL/dy; None for metrics that need no gradient.
+        loss_tokens: number of tokens that L sums over.
+    """
+
+    output_error: Tensor
+    output_gradient: Tensor | None
+    loss_tokens: int
+
+    def gradient(self) -> Tensor:
+        """dL/dy, which gradient metrics may rely on."""
+        assert self.output_gradient is not None, (
+            "this metric was registered without labels but asks for gradients"
+        )
+        return self.output_gradient
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and the labels whose loss it differentiates.
+
+    Attributes:
+        score: RowSignals -> float64 (N,), the sample's contribution to the score.
+        labels: "data" for the next tokens of the text, "model" for labels drawn from the model's own prediction
+            (the true Fisher information), None when no gradient is needed.
+        kl_scale: factor from the summed score of a token to nats of KL divergence per token, None for a bare score.
+    """
+
+    score: Callable[[RowSignals], Tensor]
+    labels: Literal["data", "model"] | None
+    kl_scale: float | None = None
+
+
+def mixllm(signals: RowSignals) -> Tensor:
+    """|a + a²/2| with a = <dL/dw, dw>, L the mean loss of the sample (MixLLM, arXiv 2412.14590, Eq. 4).
+
+    The dot product is taken as sum_t dL/dy_t (dw x_t), which equals it without forming dL/dw.
+    """
+    a = (signals.gradient() * signals.output_error).sum(0, dtype=torch.float64) / signals.loss_tokens
+    return (a + 0.5 * a * a).abs()
+
+
+def fisher_token(signals: RowSignals) -> Tensor:
+    """sum_t (dL/dy_t (dw x_t))²: the per-token Fisher information of the row's error, in nats².
+
+    With labels from the model, half of its mean per token predicts the KL divergence that the row's error causes
+    (second-order expansion; errors of different rows and tokens count as independent).
+    """
+    return (signals.gradient() * signals.output_error).square().sum(0, dtype=torch.float64)
+
+
+def output_error(signals: RowSignals) -> Tensor:
+    """sum_t (dw x_t)²: squared error of the layer's output, without gradients."""
+    return signals.output_error.square().sum(0, dtype=torch.float64)
+
+
+def weight_error(delta: Tensor) -> Tensor:
+    """|dw|², the data-free score: float64 (N,) from the error (N, K)."""
+    return delta.square().sum(1, dtype=torch.float64)
+
+
+METRICS: dict[str, Metric] = {
+    "fisher_token": Metric(fisher_token, labels="model", kl_scale=0.5),
+    "mixllm": Metric(mixllm, labels="data"),
+    "output_error": Metric(output_error, labels=None),
+}
+DATA_FREE = "weight_error"

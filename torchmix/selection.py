@@ -1,0 +1,233 @@
+"""Which parameters are quantized, and why others are not (L4).
+
+Every ``nn.Linear`` weight, every ``Conv1D`` weight (GPT-2) and every 3-D expert parameter of a model is either a
+target or is listed with a reason; nothing is left out silently. No architecture is known by name: modules are
+recognised by their type or by the attributes that transformers' experts interface gives them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchmix.allocation.plan import Exclusion
+
+MIN_IN_FEATURES = 128
+_HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
+FINGERPRINT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight to quantize.
+
+    Attributes:
+        name: fully qualified name of the parameter.
+        module: the module that owns it.
+        parameter_name: its name there.
+        transposed: stored as (K, N) or (E, K, N).
+    """
+
+    name: str
+    module: nn.Module
+    parameter_name: str
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter itself."""
+        return getattr(self.module, self.parameter_name)
+
+    @property
+    def rows(self) -> Tensor:
+        """The weight as (N, K) or (E, N, K), a view."""
+        return self.weight.transpose(-1, -2) if self.transposed else self.weight
+
+    @property
+    def num_experts(self) -> int | None:
+        """E for expert weights, else None."""
+        return self.weight.shape[0] if self.weight.dim() == 3 else None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Result of :func:`select_parameters`, in the order of ``model.named_parameters()``."""
+
+    targets: tuple[Target, ...]
+    excluded: tuple[Exclusion, ...]
+
+
+def select_parameters(
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    min_in_features: int = MIN_IN_FEATURES,
+) -> Selection:
+    """Find the weights to quantize.
+
+    Args:
+        model: any module.
+        include: patterns; when given, only matching weights are quantized, and a match overrides the default
+            exclusions below. A pattern is an exact name, a glob, or ``re:`` and a regular expression that must
+            match fully; it is compared with the parameter's and with its module's name.
+        exclude: patterns of weights to leave alone.
+        min_in_features: rows shorter than this are left alone (their scales would cost more than they save).
+
+    Excluded by default, and listed with the reason: output heads, weights tied to an embedding, routers of
+    experts, rows with fewer than ``min_in_features`` inputs.
+
+    Raises:
+        ValueError: for a pattern that matches nothing, or a model without any weight to quantize.
+        TypeError: for an already quantized weight, or a dtype that is not a supported float.
+    """
+    candidates = list(_candidates(model))
+    _check_patterns((*include, *exclude), [target.name for target in candidates])
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    targets, excluded, seen = [], [], set[int]()
+    for target in candidates:
+        if id(target.weight) in seen:
+            continue
+        seen.add(id(target.weight))
+        if _matches_any(target.name, exclude):
+            reason = "excluded by the user"
+        elif include:
+            reason = "" if _matches_any(target.name, include) else "not matched by include"
+        else:
+            reason = _default_exclusion(model, target, tied, min_in_features)
+        if reason:
+            excluded.append(
+                Exclusion(
+                    target.name, reason, target.weight.numel(), False, weight_fingerprint(target.weight)
+                )
+            )
+        else:
+            check_target(target)
+            targets.append(target)
+    excluded += _other_weights(model, seen)
+    if not targets:
+        reasons = "; ".join(f"{e.name}: {e.reason}" for e in excluded[:10]) or "it has no linear layers"
+        raise ValueError(
+            f"no weight of {type(model).__name__} is left to quantize ({reasons}); widen include/exclude"
+        )
+    return Selection(tuple(targets), tuple(excluded))
+
+
+def weight_fingerprint(weight: Tensor) -> str:
+    """Short hash of a weight's shape and of up to 256 evenly spaced rows in float32.
+
+    The same for every dtype that holds the values exactly. Recognises a weight without its name, and refuses a
+    calibration of another model.
+
+    Args:
+        weight: float, two or three dimensions as stored; meta tensors give "".
+    """
+    if weight.device.type == "meta":
+        return ""
+    rows = weight.detach().reshape(-1, weight.shape[-1])
+    step = max(1, len(rows) // FINGERPRINT_ROWS)
+    sample = rows[::step].to("cpu", torch.float32).contiguous()
+    digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
+    digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _candidates(model: nn.Module) -> Iterator[Target]:
+    """Every linear weight, in module order; tied weights appear more than once."""
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{module_name}." if module_name else ""
+        if isinstance(module, nn.Linear):
+            yield Target(f"{prefix}weight", module, "weight", transposed=False)
+        elif type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).dim() == 2:
+            yield Target(f"{prefix}weight", module, "weight", transposed=True)
+        elif hasattr(module, "is_transposed") and hasattr(module, "num_experts"):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    yield Target(f"{prefix}{name}", module, name, transposed=bool(module.is_transposed))
+
+
+def _default_exclusion(model: nn.Module, target: Target, tied: set[int], min_in_features: int) -> str:
+    """Reason for which a weight is left alone unless the user includes it, or ""."""
+    module_name = target.name.rpartition(".")[0]
+    if id(target.weight) in tied:
+        return "tied to an embedding"
+    if module_name.rpartition(".")[2] in _HEAD_NAMES:
+        return "output head"
+    if _is_router(model, module_name):
+        return "router of experts"
+    in_features = target.rows.shape[-1]
+    if in_features < min_in_features:
+        return f"rows of {in_features} inputs, fewer than {min_in_features}"
+    return ""
+
+
+def _is_router(model: nn.Module, module_name: str) -> bool:
+    """A module called router, or a gate that stands beside experts."""
+    parent_name, _, own_name = module_name.rpartition(".")
+    if own_name in ("gate", "wg"):
+        return hasattr(model.get_submodule(parent_name), "experts")
+    return own_name == "router"
+
+
+def _other_weights(model: nn.Module, seen: set[int]) -> Iterator[Exclusion]:
+    """Embeddings, and routers that are no ``nn.Linear``: never quantized, but listed."""
+    for module_name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or id(weight) in seen or weight.dim() != 2:
+            continue
+        if isinstance(module, nn.Embedding):
+            yield Exclusion(f"{module_name}.weight", "embedding", weight.numel(), False)
+        elif "Router" in type(module).__name__:
+            yield Exclusion(f"{module_name}.weight", "router of experts", weight.numel(), False)
+
+
+def check_target(target: Target) -> None:
+    """Raise for a weight that cannot be quantized."""
+    weight = target.weight
+    if hasattr(weight, "qdata") or hasattr(weight, "tensor_data_names"):
+        raise TypeError(
+            f"{target.name} is already quantized ({type(weight).__name__}); start from the original model"
+        )
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{target.name} has dtype {weight.dtype}; quantization needs float32, bfloat16 or float16 weights, so "
+            "convert the model first or exclude this layer"
+        )
+    if weight.device.type != "meta" and not torch.isfinite(weight).all():
+        raise ValueError(
+            f"{target.name} holds NaN or infinite weights; repair the checkpoint or exclude this layer"
+        )
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern names this parameter, directly or through its module's name."""
+    names = (name, name.rpartition(".")[0])
+    if pattern.startswith("re:"):
+        return any(re.fullmatch(pattern[3:], n) for n in names)
+    return any(n == pattern or fnmatch.fnmatchcase(n, pattern) for n in names)
+
+
+def _matches_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(matches(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise for a pattern that is not valid or matches nothing."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+        if not any(matches(name, pattern) for name in names):
+            known = ", ".join(names[:3])
+            raise ValueError(
+                f"the pattern {pattern!r} matches no linear layer; patterns are exact names, globs, or re: and a "
+                f"regular expression that matches fully, for example one of: {known}"
+            )

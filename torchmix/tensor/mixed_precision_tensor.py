@@ -1,0 +1,264 @@
+"""``MixedPrecisionTensor`` (L2): a weight whose rows (output features) have different bit widths."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from torchmix.accounting import check_group_size, stored_bits
+from torchmix.ops import dequantize_rows
+from torchmix.packing import (
+    MAX_BITS,
+    MIN_BITS,
+    pack_rows,
+    pack_zero_points,
+    packed_sizes,
+    unpack_rows,
+    unpack_zero_points,
+)
+from torchmix.primitives import SCALE_DTYPE, choose_qparams, quantize
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = "plain"
+
+
+class MixedPrecisionTensor(TorchAOBaseTensor):
+    """Weight (N, K), or E experts (E, N, K), with a bit width for every row.
+
+    Tensor Data Attributes:
+        qdata: uint8 1-D, packed codes, rows in their original order (:mod:`torchmix.packing` draws the bytes).
+        scale: bfloat16 (N, G) or (E, N, G), G = ceil(K / group_size).
+        zero_point: uint8 1-D, packed zero points of the rows below 8 bits.
+        row_bits: uint8 (N,) or (E, N), width of each row, 2 to 8.
+
+    Non-Tensor Attributes:
+        shape: shape as the model sees it; (N, K) or (E, N, K), or with ``transposed`` (K, N) or (E, K, N).
+        group_size: inputs that share a scale and a zero point.
+        dtype: dtype as the model sees it and of :meth:`dequantize`; outputs follow the activations' dtype.
+        packing: order of the codes in ``qdata``; "plain" is the order of the file format.
+        per_token: activations get one scale per token instead of one per token and group.
+        transposed: the model sees the last two dimensions swapped; the stored rows stay output features.
+
+    The number of rows of each width is deliberately not an attribute: it would be a guard of every compiled
+    graph. Slices of rows and of inputs at group borders are again quantized tensors, without new rounding.
+    """
+
+    tensor_data_names = ["qdata", "scale", "zero_point", "row_bits"]
+    tensor_attribute_names = ["shape", "group_size", "dtype", "packing", "per_token", "transposed"]
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    row_bits: Tensor
+    group_size: int
+    packing: str
+    per_token: bool
+    transposed: bool
+
+    def __new__(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        row_bits: Tensor,
+        shape: Sequence[int],
+        group_size: int,
+        dtype: torch.dtype,
+        packing: str = PLAIN,
+        per_token: bool = False,
+        transposed: bool = False,
+    ) -> MixedPrecisionTensor:
+        """Wrap inner tensors; see :meth:`from_hp` and :meth:`from_codes` for the usual ways to make one."""
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=qdata.device, requires_grad=False
+        )
+        self.qdata, self.scale, self.zero_point, self.row_bits = qdata, scale, zero_point, row_bits
+        self.group_size, self.packing = group_size, packing
+        self.per_token, self.transposed = per_token, transposed
+        return self
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__()
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        row_bits: Tensor,
+        group_size: int,
+        dtype: torch.dtype,
+        *,
+        per_token: bool = False,
+        transposed: bool = False,
+    ) -> MixedPrecisionTensor:
+        """Pack codes that a rounding algorithm has chosen.
+
+        Args:
+            codes: int8 (N, K) or (E, N, K), unsigned values below 8 bits.
+            scale: bfloat16 (N, G) or (E, N, G).
+            zero_point: uint8, shape of ``scale``.
+            row_bits: uint8 (N,) or (E, N).
+            group_size: inputs per scale.
+            dtype: dtype the model sees.
+            per_token, transposed: as in the class description.
+
+        Raises:
+            ValueError: for widths outside 2..8, or shapes that do not fit each other.
+        """
+        in_features = codes.shape[-1]
+        _check_weight(codes.shape, row_bits, group_size, dtype)
+        flat_bits = row_bits.flatten().contiguous()
+        shape = (*codes.shape[:-2], in_features, codes.shape[-2]) if transposed else codes.shape
+        return cls(
+            pack_rows(codes.reshape(-1, in_features), flat_bits),
+            scale.to(SCALE_DTYPE).contiguous(),
+            pack_zero_points(zero_point.reshape(-1, zero_point.shape[-1]), flat_bits),
+            row_bits.contiguous(),
+            shape,
+            group_size,
+            dtype,
+            PLAIN,
+            per_token,
+            transposed,
+        )
+
+    @classmethod
+    def from_hp(
+        cls,
+        weight: Tensor,
+        row_bits: Tensor | int,
+        group_size: int = 128,
+        *,
+        per_token: bool = False,
+        transposed: bool = False,
+    ) -> MixedPrecisionTensor:
+        """Quantize a high-precision weight with round-to-nearest.
+
+        Args:
+            weight: float32, bfloat16 or float16 (N, K) or (E, N, K); with ``transposed`` (K, N) or (E, K, N).
+            row_bits: one width for all rows, or uint8 (N,) or (E, N).
+            group_size: inputs per scale, a multiple of 8 up to 512.
+            per_token, transposed: as in the class description.
+
+        Raises:
+            ValueError: for widths outside 2..8, a group size that is not allowed, or shapes that do not fit.
+            TypeError: for a dtype that is not a supported float.
+        """
+        rows = weight.transpose(-1, -2) if transposed else weight
+        if isinstance(row_bits, int):
+            row_bits = torch.full(rows.shape[:-1], row_bits, dtype=torch.uint8, device=weight.device)
+        _check_weight(rows.shape, row_bits, group_size, weight.dtype)
+        flat, flat_bits = rows.reshape(-1, rows.shape[-1]), row_bits.flatten()
+        scale, zero_point = choose_qparams(flat, flat_bits, group_size)
+        codes = quantize(flat, scale, zero_point, flat_bits, group_size)
+        return cls.from_codes(
+            codes.view(rows.shape),
+            scale.view(*rows.shape[:-1], -1),
+            zero_point.view(*rows.shape[:-1], -1),
+            row_bits,
+            group_size,
+            weight.dtype,
+            per_token=per_token,
+            transposed=transposed,
+        )
+
+    @property
+    def in_features(self) -> int:
+        """K, the number of inputs of a row."""
+        return self.shape[-2] if self.transposed else self.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """N, the number of rows (of one expert)."""
+        return self.shape[-1] if self.transposed else self.shape[-2]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight: codes, scales, zero points and row widths."""
+        return stored_bits(self.row_bits, self.in_features, self.group_size) / self.numel()
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """Dense weight ``scale * (code - zero_point)`` in ``output_dtype`` (default: ``dtype``), shape as seen."""
+        dense = dequantize_rows(
+            self.qdata,
+            self.scale,
+            self.zero_point,
+            self.row_bits,
+            self.in_features,
+            self.group_size,
+            output_dtype or self.dtype,
+        )
+        return dense.transpose(-1, -2) if self.transposed else dense
+
+    def codes(self) -> Tensor:
+        """Codes of all rows: int8 (N, K) or (E, N, K), never transposed."""
+        codes = unpack_rows(self.qdata, self.row_bits.flatten(), self.in_features)
+        return codes.view(*self.row_bits.shape, self.in_features)
+
+    def zero_points(self) -> Tensor:
+        """Zero points of all rows: uint8, shape of ``scale``; 0 for 8-bit rows."""
+        groups = self.scale.shape[-1]
+        return unpack_zero_points(self.zero_point, self.row_bits.flatten(), groups).view(self.scale.shape)
+
+    def check(self, name: str = "weight") -> None:
+        """Raise ``ValueError`` naming the tensor when the inner tensors do not fit each other.
+
+        Used on tensors that come from a file. Reads ``row_bits``.
+        """
+        bits = self.row_bits
+        if bits.numel() and not (int(bits.min()) >= MIN_BITS and int(bits.max()) <= MAX_BITS):
+            raise ValueError(f"{name}: row widths {torch.unique(bits).tolist()} must lie in 2..8")
+        qdata, zero_point = packed_sizes(bits, self.in_features, self.group_size)
+        groups = -(-self.in_features // self.group_size)
+        rows = (*self.shape[:-2], self.out_features)
+        found = (self.qdata.numel(), self.zero_point.numel(), tuple(self.scale.shape), tuple(bits.shape))
+        wanted = (qdata, zero_point, (*rows, groups), rows)
+        if found != wanted:
+            raise ValueError(
+                f"{name}: bytes of codes, bytes of zero points, shape of scales and of row widths are {found}, "
+                f"but shape {tuple(self.shape)} with group_size={self.group_size} needs {wanted}; "
+                "the tensor is damaged or belongs to another layer"
+            )
+
+    def _quantization_type(self) -> str:
+        """Short description for a module's ``extra_repr``, as torchao's tensors have it."""
+        packed = "meta" if self.device.type == "meta" else f"{self.bits_per_weight:.3f} bits per weight"
+        return f"shape={tuple(self.shape)}, group_size={self.group_size}, {packed}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._quantization_type()}, dtype={self.dtype}, device={self.device})"
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of compile caches: everything a graph depends on, nothing of the values."""
+        inner = [(tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.tensor_data_names]
+        attributes = [str(getattr(self, name)) for name in self.tensor_attribute_names]
+        return hashlib.sha256(repr((inner, attributes, str(self.device))).encode()).hexdigest()
+
+
+def _check_weight(shape: Sequence[int], row_bits: Tensor, group_size: int, dtype: torch.dtype) -> None:
+    """Raise for arguments from which no tensor can be made."""
+    check_group_size(group_size)
+    if dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"weight dtype {dtype} is not supported; convert to one of {WEIGHT_DTYPES} first")
+    if len(shape) not in (2, 3):
+        raise ValueError(f"a weight has 2 dimensions, or 3 with experts, but got shape {tuple(shape)}")
+    if row_bits.dtype != torch.uint8 or tuple(row_bits.shape) != tuple(shape[:-1]):
+        raise ValueError(
+            f"row_bits must be uint8 of shape {tuple(shape[:-1])} for a weight with rows of shape {tuple(shape)}, "
+            f"but is {row_bits.dtype} of shape {tuple(row_bits.shape)}"
+        )
+    if row_bits.device.type == "meta" or not row_bits.numel() or torch.compiler.is_compiling():
+        return
+    low, high = int(row_bits.min()), int(row_bits.max())
+    if low < MIN_BITS or high > MAX_BITS:
+        raise ValueError(f"row widths must lie in {MIN_BITS}..{MAX_BITS}, but row_bits holds {low}..{high}")
+
+
+MixedPrecisionTensor.__module__ = "torchmix"
+torch.serialization.add_safe_globals([MixedPrecisionTensor])

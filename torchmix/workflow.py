@@ -1,0 +1,321 @@
+"""``calibrate`` (L7): run a model on data once and keep what every later budget needs.
+
+Shapes: S samples of L tokens, N rows, K in_features, E experts, V vocabulary, W widths.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchmix.accounting import check_bits, check_group_size
+from torchmix.calibration import Calibration, LayerStatistics
+from torchmix.capture import HessianAccumulator, LinearCalls
+from torchmix.data import TokenSample, token_batches
+from torchmix.evaluation import evaluation_mode, model_logits
+from torchmix.salience import DATA_FREE, METRICS
+from torchmix.scoring import SalienceRecorder, data_free_scores
+from torchmix.selection import Selection, Target, select_parameters, weight_fingerprint
+
+DEFAULT_WIDTHS = (3, 4, 5, 6, 8)
+DEFAULT_SALIENCE = "fisher_token"
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQUENCE_LENGTH = 2048
+Progress = Callable[[int, int], None]
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    num_samples: int = DEFAULT_SAMPLES,
+    sequence_length: int | None = None,
+    tokenizer: Any = None,
+    salience: str | Sequence[str] = DEFAULT_SALIENCE,
+    widths: Sequence[int] = DEFAULT_WIDTHS,
+    group_size: int = 128,
+    hessians: bool = True,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    loss_fn: LossFn | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Measure what quantizing each row at each width costs, and the layers' input statistics.
+
+    The model is left as it was: training mode, ``requires_grad`` flags, global random state.
+
+    Args:
+        model: any module. Causal language models are called as ``model(input_ids)``; others need ``loss_fn``.
+        data: token batches, texts, chats, a path or a data set (:func:`torchmix.data.token_batches`); with
+            ``loss_fn`` an iterable of whatever that takes. None measures without data: scores are the squared
+            rounding errors (salience "weight_error"), there are no Hessians.
+        num_samples: samples to use.
+        sequence_length: tokens per sample; by default 2048, or the model's context where that is less.
+        tokenizer: needed for text.
+        salience: names of :data:`torchmix.salience.METRICS`; the first is the default of ``Calibration.plan``.
+        widths: widths to score.
+        group_size: inputs per scale, a multiple of 8 up to 512.
+        hessians: keep the Hessians that GPTQ needs, 4 K² bytes for each distinct layer input.
+        include, exclude: patterns, see :func:`torchmix.selection.select_parameters`.
+        loss_fn: (model, batch) -> scalar loss, summed over what the batch holds.
+        device: where to run; the model is moved there. By default where it is.
+        seed: chooses the samples and draws the labels of metrics on the model's own predictions.
+        progress: called as ``progress(samples_done, samples_in_all)``.
+
+    Raises:
+        ValueError, TypeError: unusable options, data, patterns or weights; NaN or Inf names the first layer.
+    """
+    metrics = _check_options(salience, widths, group_size, data)
+    if device is not None:
+        model.to(device)
+    selection = select_parameters(model, include, exclude)
+    _check_materialized(selection)
+    widths = tuple(sorted(set(widths)))
+    if data is None:
+        return _calibrate_without_data(model, selection, widths, group_size)
+    recorder = SalienceRecorder(
+        selection.targets, metrics, widths, group_size, HessianAccumulator() if hessians else None
+    )
+    if loss_fn is None:
+        sample = _token_sample(model, data, tokenizer, num_samples, sequence_length, seed)
+        tokens = _run_language_model(model, selection, recorder, sample, seed, progress)
+        source, digest = sample.source, sample.sha256
+    else:
+        tokens = _run_with_loss(model, selection, recorder, data, num_samples, loss_fn, progress)
+        source, digest = f"{type(data).__name__} through loss_fn", ""
+    calibration = _collect(selection, recorder, widths, group_size)
+    return replace(calibration, tokens=tokens, source=source, data_sha256=digest, model=weakref.ref(model))
+
+
+def _calibrate_without_data(
+    model: nn.Module, selection: Selection, widths: tuple[int, ...], group_size: int
+) -> Calibration:
+    """Scores from the weights alone."""
+    layers = {}
+    for target in selection.targets:
+        scores = {DATA_FREE: data_free_scores(target, widths, group_size)}
+        layers[target.name] = _statistics(target, scores, None, [0] * (target.num_experts or 1))
+    return Calibration(layers, selection.excluded, widths, group_size, model=weakref.ref(model))
+
+
+def _check_options(
+    salience: str | Sequence[str], widths: Sequence[int], group_size: int, data: Any
+) -> list[str]:
+    """Validated metric names."""
+    metrics = [salience] if isinstance(salience, str) else list(dict.fromkeys(salience))
+    known = {*METRICS, DATA_FREE}
+    unknown = [metric for metric in metrics if metric not in known]
+    if unknown or not metrics:
+        raise ValueError(f"salience={unknown or metrics} is not known; choose among {sorted(METRICS)}")
+    if data is not None and DATA_FREE in metrics:
+        raise ValueError(
+            f"salience={DATA_FREE!r} is the score without data; pass data=None, or one of {sorted(METRICS)}"
+        )
+    for bits in widths:
+        check_bits(bits)
+    if not widths:
+        raise ValueError(f"widths={tuple(widths)} must name at least one width from 2 to 8")
+    check_group_size(group_size)
+    return metrics
+
+
+def _check_materialized(selection: Selection) -> None:
+    for target in selection.targets:
+        if target.weight.device.type == "meta":
+            raise ValueError(
+                f"{target.name} is on the meta device and has no values to quantize; load the model's weights first"
+            )
+
+
+def _token_sample(
+    model: nn.Module, data: Any, tokenizer: Any, num_samples: int, sequence_length: int | None, seed: int
+) -> TokenSample:
+    """Draw the calibration tokens; the sequence length defaults to the model's context, at most 2048."""
+    config = getattr(model, "config", None)
+    context = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQUENCE_LENGTH
+    if sequence_length is None:
+        sequence_length = min(DEFAULT_SEQUENCE_LENGTH, context)
+    elif config is not None and sequence_length > context:
+        raise ValueError(f"sequence_length={sequence_length} exceeds the model's context of {context} tokens")
+    return token_batches(
+        data,
+        tokenizer,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        vocab_size=getattr(config, "vocab_size", None),
+    )
+
+
+@contextmanager
+def calibration_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients, experts applied one by one; all restored afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        with _experts_one_by_one(model), evaluation_mode([model]), torch.enable_grad():
+            yield
+    finally:
+        for parameter, requires_grad in flags.items():
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _experts_one_by_one(model: Any) -> Iterator[None]:
+    """Use transformers' plain loop over experts, whose linear calls can be observed one by one."""
+    before = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
+    if not any(before.values()):
+        yield
+        return
+    try:
+        model.set_experts_implementation("eager")
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _run_language_model(
+    model: nn.Module,
+    selection: Selection,
+    recorder: SalienceRecorder,
+    sample: TokenSample,
+    seed: int,
+    progress: Progress | None,
+) -> int:
+    """One forward pass per sample and one backward pass per kind of labels; returns the tokens scored."""
+    device = selection.targets[0].weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {target.name: target.weight for target in selection.targets}
+    with calibration_mode(model):
+        for index, ids in enumerate(sample.input_ids):
+            recorder.sample = index
+            with LinearCalls(weights, recorder), torch.set_grad_enabled(bool(recorder.needs_labels)):
+                logits = model_logits("the model", model, ids[None])[0].float()
+            if not torch.isfinite(logits).all():
+                raise ValueError(
+                    f"the logits are NaN or infinite in calibration sample {index}, though every linear layer had "
+                    "finite inputs; calibrate in float32 or bfloat16"
+                )
+            for labels in recorder.needs_labels:
+                losses = _token_losses(logits, ids.to(logits.device), labels, generator)
+                recorder.labels, recorder.loss_tokens = labels, len(losses)
+                losses.sum().backward(retain_graph=labels != recorder.needs_labels[-1])
+            if recorder.hessians is not None:
+                recorder.hessians.forget_last()
+            if progress is not None:
+                progress(index + 1, len(sample.input_ids))
+    return sample.input_ids.numel()
+
+
+def _token_losses(logits: Tensor, ids: Tensor, labels: str, generator: torch.Generator) -> Tensor:
+    """Negative log-likelihood per token in nats: of the text's next tokens, or of tokens drawn from the model.
+
+    Args:
+        logits: float32 (L, V).
+        ids: int64 (L,).
+        labels: "data" or "model".
+        generator: source of the draws.
+    """
+    if labels == "data":
+        return nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    return nn.functional.cross_entropy(logits, drawn, reduction="none")
+
+
+def _run_with_loss(
+    model: nn.Module,
+    selection: Selection,
+    recorder: SalienceRecorder,
+    data: Any,
+    num_samples: int,
+    loss_fn: LossFn,
+    progress: Progress | None,
+) -> int:
+    """Calibrate any module through its own loss; returns the rows of input the layers saw (the "tokens")."""
+    weights = {target.name: target.weight for target in selection.targets}
+    index = -1
+    with calibration_mode(model):
+        for index, batch in enumerate(data):
+            if index == num_samples:
+                break
+            recorder.sample = index
+            with LinearCalls(weights, recorder):
+                loss = loss_fn(model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.isfinite(loss).all():
+                raise ValueError(
+                    f"loss_fn must return one finite number per batch, but batch {index} gave {loss}"
+                )
+            recorder.loss_tokens = 1
+            for labels in recorder.needs_labels:
+                recorder.labels = labels
+                loss.backward(retain_graph=labels != recorder.needs_labels[-1])
+            if recorder.hessians is not None:
+                recorder.hessians.forget_last()
+            if progress is not None:
+                progress(index + 1, num_samples)
+    if index < 0:
+        raise ValueError(f"data is empty ({type(data).__name__} gave no batch); pass at least one batch")
+    return 0
+
+
+def _collect(
+    selection: Selection, recorder: SalienceRecorder, widths: tuple[int, ...], group_size: int
+) -> Calibration:
+    """Move what was recorded to the CPU, fill in experts without tokens, and check that every layer was used."""
+    layers = {}
+    for target in selection.targets:
+        counts = recorder.tokens[target.name]
+        if not any(counts):
+            raise ValueError(
+                f"{target.name}: no calibration token reached this layer; use more or other data, or exclude it"
+            )
+        scores = {metric: recorder.scores[metric][target.name].cpu() for metric in recorder.scores}
+        if not all(counts):
+            free = data_free_scores(target, widths, group_size)
+            scores = {metric: fill_dead_experts(score, free, counts) for metric, score in scores.items()}
+        layers[target.name] = _statistics(target, scores, recorder.hessians, counts)
+    sums = {} if recorder.hessians is None else recorder.hessians.hessians()
+    on_cpu = {key: hessian.cpu() for key, hessian in sums.items()}
+    return Calibration(layers, selection.excluded, widths, group_size, on_cpu)
+
+
+def _statistics(
+    target: Target, scores: dict[str, Tensor], hessians: HessianAccumulator | None, tokens: list[int]
+) -> LayerStatistics:
+    experts: list[int | None] = [None] if target.num_experts is None else list(range(target.num_experts))
+    keys = {} if hessians is None else hessians.keys
+    return LayerStatistics(
+        target.name,
+        tuple(target.weight.shape),
+        target.transposed,
+        weight_fingerprint(target.weight),
+        scores,
+        tuple(keys.get((target.name, expert), "") for expert in experts),
+        tuple(tokens),
+    )
+
+
+def fill_dead_experts(scores: Tensor, data_free: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Scores for experts that no token reached: as if they were average experts.
+
+    A dead expert gets its data-free scores times the ratio that measured and data-free scores have, summed over the
+    experts that saw tokens; a score of zero would hand the fewest bits to what was never looked at.
+
+    Args:
+        scores: float64 (E, N, W), zero for dead experts.
+        data_free: float64 (E, N, W).
+        tokens: tokens that each expert saw.
+    """
+    alive = torch.tensor([count > 0 for count in tokens])
+    ratio = scores[alive].sum() / data_free[alive].sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(alive[:, None, None], scores, data_free * ratio)
