@@ -62,18 +62,18 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     Returns:
         uint8 (R, count).
     """
-    rows = packed.shape[0]
     if bits == 8:
         return packed[:, :count]
-    packed_RBb = packed.view(rows, -1, bits)
-    codes_RB8 = packed.new_empty((rows, packed_RBb.shape[1], CODES_PER_BLOCK))
+    rows, blocks = packed.shape[0], packed.shape[1] // bits
+    packed_RBb = packed.view(rows, blocks, bits)
+    codes_RB8 = packed.new_empty((rows, blocks, CODES_PER_BLOCK))
     for i in range(CODES_PER_BLOCK):
         byte, shift = divmod(i * bits, 8)
         code = packed_RBb[..., byte] >> shift
         if shift + bits > 8:  # uint8 shifts drop what leaves the byte, which the mask would drop anyway
             code = code | (packed_RBb[..., byte + 1] << (8 - shift))
         codes_RB8[..., i] = code & (2**bits - 1)
-    return codes_RB8.view(rows, -1)[:, :count]
+    return codes_RB8.flatten(1)[:, :count]
 
 
 def row_offsets(row_bits: Tensor, in_features: int) -> Tensor:
@@ -122,8 +122,16 @@ def unpack_rows(qdata: Tensor, row_bits: Tensor, in_features: int) -> Tensor:
 
     Returns:
         int8 (N, K): unsigned values below 8 bits, signed values at 8 bits.
+
+    Raises:
+        ValueError: ``qdata`` does not have the bytes that rows of this length take.
     """
     offsets = row_offsets(row_bits, in_features)
+    if qdata.numel() != int(offsets[-1]):
+        raise ValueError(
+            f"in_features={in_features} and these {row_bits.numel()} row widths need {int(offsets[-1])} bytes of codes, "
+            f"but qdata holds {qdata.numel()} bytes; the weight was built for another number of inputs"
+        )
     codes = torch.empty((row_bits.numel(), in_features), dtype=torch.uint8, device=qdata.device)
     for bits in _widths(row_bits):
         rows = (row_bits == bits).nonzero().squeeze(1)
