@@ -23,8 +23,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rounding", "salience", "allocation"),
     ("selection",),
     ("scoring", "calibration"),
-    ("config", "checkpoint"),
-    ("workflow", "data", "huggingface"),
+    ("config", "checkpoint_format", "model_card"),
+    ("workflow", "data", "huggingface", "checkpoint_files"),
+    ("checkpoint_inspection",),
+    ("checkpoint",),
     ("cli", "demo", "plots"),
     ("__init__", "__main__"),  # the public face: nothing inside the package imports it
 )
@@ -34,8 +36,8 @@ SAME_LAYER = {("packing", "accounting"), ("workflow", "data"), ("cli", "demo"), 
 THIRD_PARTY = {
     "torch": set(LAYER),
     "numpy": {unit for layer in LAYERS[3:] for unit in layer},
-    "safetensors": {unit for layer in LAYERS[5:8] for unit in layer},
-    "tqdm": {unit for layer in LAYERS[7:9] for unit in layer},
+    "safetensors": {unit for layer in LAYERS[5:10] for unit in layer},
+    "tqdm": {unit for layer in LAYERS[7:11] for unit in layer},
     "torchao": {"tensor", "config", "cli"},
     "transformers": {"huggingface"},
     "tokenizers": {"huggingface"},

@@ -24,8 +24,12 @@ from __future__ import annotations
 
 from torchmix.allocation import BitPlan
 from torchmix.calibration import Calibration
+from torchmix.checkpoint import load_pretrained, planned_checkpoint_bytes, save_pretrained
+from torchmix.checkpoint_inspection import inspect_checkpoint
 from torchmix.config import MixLLMConfig, mixllm_config
 from torchmix.evaluation import Evaluation, evaluate
+from torchmix.huggingface import is_available as _transformers_is_available
+from torchmix.huggingface import register as _register_with_transformers
 from torchmix.tensor import MixedPrecisionTensor
 from torchmix.workflow import calibrate
 
@@ -37,5 +41,12 @@ __all__ = [
     "MixedPrecisionTensor",
     "calibrate",
     "evaluate",
+    "inspect_checkpoint",
+    "load_pretrained",
     "mixllm_config",
+    "planned_checkpoint_bytes",
+    "save_pretrained",
 ]
+
+if _transformers_is_available():
+    _register_with_transformers()

@@ -119,6 +119,12 @@ def select_parameters(
     return Selection(tuple(targets), tuple(excluded))
 
 
+def linear_weights(model: nn.Module) -> list[str]:
+    """Names of all linear, Conv1D and expert weights, quantized or not; tied ones once."""
+    names = {id(target.weight): target.name for target in reversed(list(_candidates(model)))}
+    return [target.name for target in _candidates(model) if names[id(target.weight)] == target.name]
+
+
 def weight_fingerprint(weight: Tensor) -> str:
     """Short hash of a weight's shape and of up to 256 evenly spaced rows in float32.
 

@@ -1,0 +1,287 @@
+"""Saving, loading and inspecting checkpoints (L9); :mod:`torchmix.checkpoint_format` defines the format.
+
+A checkpoint appears under its name only when it is complete: everything is written into a hidden directory
+beside it, which is then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchmix.accounting import stored_bits
+from torchmix.allocation import BitPlan
+from torchmix.checkpoint_files import (
+    completed_directory,
+    copy_other_files,
+    open_shard,
+    read_json,
+    shard_digests,
+    write_index,
+    write_json,
+    write_shards,
+)
+from torchmix.checkpoint_format import (
+    PARTS,
+    CheckpointConfig,
+    LayerFormat,
+    TensorSpec,
+    file_bytes,
+    model_specs,
+    parse_size,
+    producer_name,
+    quantized_tensors,
+    split_shards,
+    stored_tensors,
+    tensor_from_parts,
+)
+from torchmix.checkpoint_inspection import CheckpointInfo, inspect_checkpoint
+from torchmix.huggingface import is_transformers_config, load_model
+from torchmix.model_card import model_card
+from torchmix.selection import linear_weights
+from torchmix.tensor import MixedPrecisionTensor
+
+PLAN_NAME = "torchmix_plan.json"
+
+
+def planned_checkpoint_bytes(model: nn.Module, plan: BitPlan, max_shard_size: int | str = "5GB") -> int:
+    """Exact size of all safetensors files that a plan leads to, in bytes, without quantizing anything.
+
+    Args:
+        model: the original model, with or without values (meta device).
+        plan: row widths of its layers.
+        max_shard_size: bytes, or a text such as "5GB".
+    """
+    shards = split_shards(model_specs(model, plan), parse_size(max_shard_size))
+    return sum(file_bytes(specs) for specs in shards.values())
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    plan: BitPlan | None = None,
+    source: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    card: str | None = None,
+) -> CheckpointInfo:
+    """Write a quantized model as safetensors shards with index, hashes, configuration and model card.
+
+    Args:
+        model: any module that holds quantized weights. transformers models are written so that
+            ``from_pretrained`` loads them once ``import torchmix`` was done.
+        directory: appears when complete; must not exist, or be empty, unless ``overwrite``.
+        plan: the plan behind it, for the list of excluded layers and their reasons.
+        source: directory of the original model, whose other files (tokenizer, chat template, generation
+            configuration, code) are copied; by default the directory that the model was loaded from.
+        max_shard_size: bytes per file, or a text such as "5GB"; tensors of one module are never separated.
+        overwrite: replace what is there, after the new checkpoint is complete.
+        card: text of README.md; by default a model card made from the checkpoint's own numbers.
+
+    Raises:
+        ValueError: nothing is quantized, the target exists, or a value is not finite.
+        OSError: no space or no permission; nothing is left under the final name.
+    """
+    config = _describe(model, plan)
+    specs = model_specs(model)
+    _check_names(specs)
+    shards = split_shards(specs, parse_size(max_shard_size))
+    target = Path(directory).absolute()
+    num_bytes = sum(file_bytes(tensors) for tensors in shards.values())
+    with completed_directory(target, overwrite, num_bytes) as temporary:
+        copy_other_files(_source_directory(model, source), temporary)
+        digests = write_shards(_all_tensors(model), shards, temporary)
+        write_index(shards, digests, temporary)
+        _write_config(model, config, temporary)
+        if plan is not None:
+            plan.save(temporary / PLAN_NAME)
+        info = inspect_checkpoint(temporary)
+        (temporary / "README.md").write_text(
+            card or model_card(info.to_dict(), target.name), encoding="utf-8"
+        )
+    return CheckpointInfo(target, info.config, info.layers, info.shards)
+
+
+def load_pretrained(
+    directory: str | os.PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+) -> nn.Module:
+    """Load a checkpoint that :func:`save_pretrained` wrote.
+
+    Args:
+        directory: the checkpoint.
+        model: skeleton to load into, for modules that are not transformers models; may be on the meta device.
+            It is changed in place and returned.
+        device: where the weights go.
+        dtype: dtype of the unquantized weights and of the quantized weights as the model sees them; by default as
+            stored.
+        verify: compare the sha256 of every file first.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or a file of it is missing.
+        ValueError: not a torchmix checkpoint, an unknown version, a damaged file, or another model.
+    """
+    path = Path(directory)
+    config = inspect_checkpoint(path, verify=verify).config
+    if model is not None:
+        return _load_into(model, path, config, torch.device(device), dtype)
+    if not is_transformers_config(read_json(path / "config.json")):
+        raise ValueError(
+            f"{path}: this checkpoint is not of a transformers model, so the module cannot be rebuilt from its "
+            "config.json; pass load_pretrained(..., model=skeleton)"
+        )
+    return load_model(path, dtype=dtype, device=device)
+
+
+def _describe(model: nn.Module, plan: BitPlan | None) -> CheckpointConfig:
+    """The ``quantization_config`` of a model that holds quantized weights."""
+    quantized = {name: t for name, t in stored_tensors(model) if isinstance(t, MixedPrecisionTensor)}
+    if not quantized:
+        raise ValueError(
+            f"{type(model).__name__} holds no quantized weight; call quantize_(model, mixllm_config(...)) first"
+        )
+    first_name, first = next(iter(quantized.items()))
+    for name, weight in quantized.items():
+        if (weight.group_size, weight.per_token) != (first.group_size, first.per_token):
+            raise ValueError(
+                f"{name}: group_size={weight.group_size}, per_token={weight.per_token} differ from {first_name} "
+                f"({first.group_size}, {first.per_token}); a checkpoint has one of each, quantize all layers alike"
+            )
+    bits = sum(stored_bits(w.row_bits, w.in_features, w.group_size) for w in quantized.values())
+    layers = {name: LayerFormat(tuple(w.shape), w.transposed) for name, w in quantized.items()}
+    known = _known_config(model)
+    reasons = dict(known.excluded) if known is not None else {}
+    if plan is not None:
+        reasons |= {exclusion.name: exclusion.reason for exclusion in plan.excluded}
+    for name in linear_weights(model):
+        if name not in layers:
+            reasons.setdefault(name, "left as it is")
+    return CheckpointConfig(
+        group_size=first.group_size,
+        per_token=first.per_token,
+        layers=layers,
+        excluded=tuple((name, reason) for name, reason in reasons.items() if name not in layers),
+        bits_per_weight=bits / sum(weight.numel() for weight in quantized.values()),
+        coverage=plan.coverage if plan is not None else known.coverage if known is not None else 1.0,
+        row_multiple=plan.row_multiple if plan is not None else 1,
+        tensor_parallel=plan.tensor_parallel if plan is not None else 1,
+        producer=producer_name(),
+    )
+
+
+def _known_config(model: nn.Module) -> CheckpointConfig | None:
+    """The description that a model loaded through transformers carries, or None."""
+    quantization: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    data = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+    if isinstance(data, dict) and data.get("quant_method") == "torchmix":
+        return CheckpointConfig.from_dict(data)
+    return None
+
+
+def _check_names(specs: list[TensorSpec]) -> None:
+    """Refuse a model in which another tensor has the name of a part, such as ``weight_scale``."""
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise ValueError(
+                f"{spec.name}: the model has a tensor of its own with the name that the format uses for a part of a "
+                "quantized weight; exclude that layer"
+            )
+        seen.add(spec.name)
+
+
+def _all_tensors(model: nn.Module) -> Mapping[str, Tensor]:
+    """All stored tensors by name, quantized ones as their parts."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored_tensors(model):
+        tensors |= (
+            quantized_tensors(name, tensor) if isinstance(tensor, MixedPrecisionTensor) else {name: tensor}
+        )
+    return tensors
+
+
+def _source_directory(model: nn.Module, source: str | os.PathLike[str] | None) -> Path | None:
+    """Where the files beside the weights are copied from."""
+    name = source or getattr(getattr(model, "config", None), "_name_or_path", None)
+    path = Path(name) if name else None
+    if source is not None and (path is None or not path.is_dir()):
+        raise FileNotFoundError(f"{source} is not a directory; source must be the original model's directory")
+    return path if path is not None and path.is_dir() else None
+
+
+def _write_config(model: nn.Module, config: CheckpointConfig, directory: Path) -> None:
+    """config.json: the model's own configuration, if it has one, and the quantization."""
+    own: Any = getattr(model, "config", None)
+    data: dict[str, Any] = {}
+    if hasattr(own, "to_json_string"):
+        data = json.loads(own.to_json_string())
+        data["architectures"] = [type(model).__name__]
+    write_json(directory / "config.json", {**data, "quantization_config": config.to_dict()})
+    generation: Any = getattr(model, "generation_config", None)
+    if hasattr(generation, "to_json_file"):
+        generation.to_json_file(directory / "generation_config.json")
+
+
+def _load_into(
+    model: nn.Module, path: Path, config: CheckpointConfig, device: torch.device, dtype: torch.dtype | None
+) -> nn.Module:
+    """Load all tensors into a skeleton; every tensor of both sides must find its partner."""
+    expected = model.state_dict(keep_vars=True)
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in config.layers}
+    part_of = {name + suffix: (name, part) for name in config.layers for part, suffix in PARTS.items()}
+    plain: dict[str, Tensor] = {}
+    for shard in shard_digests(path):
+        with open_shard(path / shard) as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key in part_of:
+                    name, part = part_of[key]
+                    parts[name][part] = file.get_tensor(key).to(device)
+                else:
+                    tensor = file.get_tensor(key)
+                    plain[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    loaded: dict[str, Tensor] = dict(plain)
+    for name in config.layers:
+        as_seen = dtype or (expected[name].dtype if name in expected else torch.float32)
+        loaded[name] = nn.Parameter(
+            tensor_from_parts(name, parts[name], config, as_seen), requires_grad=False
+        )
+    _check_fit(path, expected, loaded)
+    by_id = {id(expected[name]): name for name in loaded}
+    for name, tensor in expected.items():  # one Parameter object for tied names
+        first = by_id[id(tensor)]
+        if isinstance(tensor, nn.Parameter) and not isinstance(loaded[first], nn.Parameter):
+            loaded[first] = nn.Parameter(loaded[first], requires_grad=tensor.requires_grad)
+        loaded[name] = loaded[first]
+    model.load_state_dict(loaded, strict=False, assign=True)
+    return model
+
+
+def _check_fit(path: Path, expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    """Raise unless the checkpoint holds exactly the model's tensors (tied ones at least once)."""
+    loaded_ids = {id(expected[name]) for name in loaded if name in expected}
+    missing = [
+        name for name, tensor in expected.items() if name not in loaded and id(tensor) not in loaded_ids
+    ]
+    unexpected = [name for name in loaded if name not in expected]
+    if missing or unexpected:
+        raise ValueError(
+            f"{path}: does not fit the model: missing {missing[:3]} ({len(missing)} in all), unknown {unexpected[:3]} "
+            f"({len(unexpected)} in all); pass the module that was saved"
+        )
+    for name, tensor in loaded.items():
+        if tuple(tensor.shape) != tuple(expected[name].shape):
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensor.shape)} in the checkpoint and "
+                f"{tuple(expected[name].shape)} in the model; pass the module that was saved"
+            )
