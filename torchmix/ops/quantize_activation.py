@@ -45,10 +45,13 @@ def _reference(x: Tensor, group_size: int, per_token: bool = False) -> tuple[Ten
         absmax = absmax.amax(-1, keepdim=True).expand_as(absmax)
     finite = torch.isfinite(absmax)
     zero = absmax < MIN_RANGE
-    factor = torch.where(zero | ~finite, 0.0, SYMMETRIC_MAX / absmax)
+    # A tensor on the same device: with a Python number, 127 / absmax is computed as 127 * (1 / absmax), and
+    # absmax / 127 on CUDA as absmax * (1 / 127), which round twice.
+    largest = absmax.new_full((), float(SYMMETRIC_MAX))
+    factor = torch.where(zero | ~finite, 0.0, largest / absmax)
     groups = torch.where(finite[..., None], groups, 0.0)
     codes = torch.round(groups * factor[..., None]).clamp(-SYMMETRIC_MAX, SYMMETRIC_MAX).to(torch.int8)
-    scale = torch.where(zero, 0.0, absmax / SYMMETRIC_MAX)
+    scale = torch.where(zero, 0.0, absmax / largest)
     scale = torch.where(finite, scale, float("nan"))
     group_sum = codes.sum(-1, dtype=torch.int32)
     return codes.flatten(1)[:, : x.shape[1]].contiguous(), scale, group_sum
