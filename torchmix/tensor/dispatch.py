@@ -35,6 +35,7 @@ def linear(x: Tensor, weight: MixedPrecisionTensor, bias: Tensor | None = None) 
             f"linear needs a weight of shape (out_features, in_features), but this one is "
             f"{'transposed ' if weight.transposed else ''}{tuple(weight.shape)}; index the experts or call .t() first"
         )
+    _check_inputs("linear", x, weight)
     x = _autocast(x)
     return mixed_linear(
         x,
@@ -46,6 +47,15 @@ def linear(x: Tensor, weight: MixedPrecisionTensor, bias: Tensor | None = None) 
         weight.group_size,
         weight.per_token,
     )
+
+
+def _check_inputs(name: str, x: Tensor, weight: MixedPrecisionTensor) -> None:
+    """Raise ``ValueError`` unless the last dimension of ``x`` is the weight's K; padding would hide the difference."""
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"{name}: the input of shape {tuple(x.shape)} has {x.shape[-1]} features, but the weight takes "
+            f"{weight.in_features} (shape {tuple(weight.shape)}); the input belongs to another layer"
+        )
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -102,6 +112,7 @@ def _grouped_mm(x: Tensor, weight: Any, offs: Tensor, **kwargs: Any) -> Tensor:
             f"grouped_mm needs expert weights of shape (experts, in_features, out_features) and no further "
             f"options, but got stored shape {tuple(weight.shape)} and options {kwargs}"
         )
+    _check_inputs("grouped_mm", x, weight)
     inner = (weight.qdata, weight.scale, weight.zero_point, weight.row_bits)
     return mixed_grouped_linear(_autocast(x), offs, *inner, weight.group_size, weight.per_token)
 
