@@ -66,7 +66,7 @@ def test_mixed_rows_follow_one_another_in_their_order(widths: list[int], in_feat
     qdata = pack_rows(codes, bits)
     unsigned = codes.view(torch.uint8).tolist()
     expected = [bytes_of(row, width, 8) for row, width in zip(unsigned, widths, strict=True)]
-    assert qdata.tolist() == sum(expected, [])
+    assert qdata.tolist() == [byte for row in expected for byte in row]
     assert row_offsets(bits, in_features).tolist() == [
         sum(map(len, expected[:n])) for n in range(len(widths) + 1)
     ]
@@ -84,7 +84,7 @@ def test_zero_points_end_at_a_byte_border(widths: list[int], groups: int, seed: 
         [] if width == 8 else bytes_of(row, width, 1)
         for row, width in zip(zeros.tolist(), widths, strict=True)
     ]
-    assert packed.tolist() == sum(expected, [])
+    assert packed.tolist() == [byte for row in expected for byte in row]
     assert zero_point_offsets(bits, groups).tolist() == [
         sum(map(len, expected[:n])) for n in range(len(widths) + 1)
     ]

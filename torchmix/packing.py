@@ -129,8 +129,8 @@ def unpack_rows(qdata: Tensor, row_bits: Tensor, in_features: int) -> Tensor:
     offsets = row_offsets(row_bits, in_features)
     if qdata.numel() != int(offsets[-1]):
         raise ValueError(
-            f"in_features={in_features} and these {row_bits.numel()} row widths need {int(offsets[-1])} bytes of codes, "
-            f"but qdata holds {qdata.numel()} bytes; the weight was built for another number of inputs"
+            f"in_features={in_features} and these {row_bits.numel()} row widths need {int(offsets[-1])} bytes of "
+            f"codes, but qdata holds {qdata.numel()} bytes; the weight was built for another number of inputs"
         )
     codes = torch.empty((row_bits.numel(), in_features), dtype=torch.uint8, device=qdata.device)
     for bits in _widths(row_bits):
