@@ -78,7 +78,7 @@ def test_error_bounds_hold_for_any_row(values: list[float], width: int) -> None:
     grid can miss at its ends; the symmetric grid misses 127 * 2**-8 < 1/2 step there, so 1/2 always holds.
     """
     weight, bits = torch.tensor([values]), torch.tensor([width], dtype=torch.uint8)
-    codes, scale, zero_point, dense = rounded(weight, bits, 8)
+    _codes, scale, zero_point, dense = rounded(weight, bits, 8)
     step = per_weight(scale.float(), len(values), 8)
     low, high = (
         per_weight((limit[:, None] - zero_point.float()) * scale.float(), len(values), 8)
@@ -98,10 +98,14 @@ def test_zero_stays_zero_and_codes_stay_in_range(values: list[float], width: int
     codes, scale, zero_point, dense = rounded(weight, bits, 8)
     assert float(dense[0, -1]) == 0.0
     smallest, largest = code_limits(bits)
-    assert int(codes.min()) >= int(smallest) and int(codes.max()) <= int(largest)
+    assert int(codes.min()) >= int(smallest)
+    assert int(codes.max()) <= int(largest)
     assert int(zero_point.max()) <= int(largest)
-    assert scale.dtype == torch.bfloat16 and codes.dtype == torch.int8 and zero_point.dtype == torch.uint8
-    assert bool((scale.float() > 0).all()) and bool(torch.isfinite(scale.float()).all())
+    assert scale.dtype == torch.bfloat16
+    assert codes.dtype == torch.int8
+    assert zero_point.dtype == torch.uint8
+    assert bool((scale.float() > 0).all())
+    assert bool(torch.isfinite(scale.float()).all())
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -134,7 +134,9 @@ def test_batch_dimensions_dtypes_and_strides(dtype: torch.dtype) -> None:
     weight = packed_weight(11, 40, 16)
     x = torch.randn(2, 40, 3, dtype=dtype).transpose(1, 2)  # (2, 3, 40), not contiguous
     y = mixed_linear(x, *weight.inner, None, 16)
-    assert y.dtype == dtype and y.shape == (2, 3, 11) and y.is_contiguous()
+    assert y.dtype == dtype
+    assert y.shape == (2, 3, 11)
+    assert y.is_contiguous()
     assert torch.equal(y.view(6, 11), mixed_linear(x.reshape(6, 40), *weight.inner, None, 16))
     one = mixed_linear(x[0, 0], *weight.inner, None, 16)
     assert one.shape == (11,)
@@ -190,8 +192,10 @@ def test_gradients_are_those_of_the_dense_layer(dtype: torch.dtype) -> None:
     bias = torch.randn(11, requires_grad=True)
     grad = torch.randn(2, 3, 11).to(dtype)
     mixed_linear(x, *weight.inner, bias, 16).backward(grad)
-    assert x.grad is not None and bias.grad is not None
-    assert x.grad.dtype == dtype and bias.grad.dtype == torch.float32
+    assert x.grad is not None
+    assert bias.grad is not None
+    assert x.grad.dtype == dtype
+    assert bias.grad.dtype == torch.float32
     expected = grad.double() @ weight.dense
     magnitude = grad.double().abs() @ weight.dense.abs()  # 11 products, each with a rounded weight
     assert bool(((x.grad.double() - expected).abs() <= 12 * torch.finfo(dtype).eps * magnitude).all())
@@ -235,4 +239,4 @@ def test_sum_of_products_bound_is_not_vacuous() -> None:
     """The oracle's magnitude is of the size of the result, so the bound above means about seven digits."""
     weight, x = packed_weight(23, 880), torch.randn(17, 880)
     expected, magnitude = oracle(x, weight, None, False)
-    assert float((magnitude.mean() / expected.abs().mean())) < math.sqrt(weight.scale.shape[1]) * 2
+    assert float(magnitude.mean() / expected.abs().mean()) < math.sqrt(weight.scale.shape[1]) * 2

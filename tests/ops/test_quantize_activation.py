@@ -71,7 +71,8 @@ def test_halves_are_rounded_to_even() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0]])
     codes, scale, group_sum = quantize_activation(x, 8)
     assert codes.tolist() == [[127, 0, 2, 2, 0, -2, -2, -127]]
-    assert scale.tolist() == [[1.0]] and group_sum.tolist() == [[0]]
+    assert scale.tolist() == [[1.0]]
+    assert group_sum.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -79,7 +80,8 @@ def test_halves_are_rounded_to_even() -> None:
 def test_nothing_gives_nothing(shape: tuple[int, int], per_token: bool) -> None:
     codes, scale, group_sum = quantize_activation(torch.empty(shape), 8, per_token)
     groups = -(-shape[1] // 8)
-    assert codes.shape == shape and scale.shape == group_sum.shape == (shape[0], groups)
+    assert codes.shape == shape
+    assert scale.shape == group_sum.shape == (shape[0], groups)
 
 
 def test_tiny_values_count_as_zero() -> None:
@@ -101,7 +103,8 @@ def test_a_non_finite_value_marks_its_group_only(bad: float, per_token: bool) ->
     codes, scale, group_sum = quantize_activation(x, 8, per_token)
     marked = [True, True, True] if per_token else [False, True, False]
     assert scale[1].isnan().tolist() == marked
-    assert codes[1, 8:16].tolist() == [0] * 8 and int(group_sum[1, 1]) == 0
+    assert codes[1, 8:16].tolist() == [0] * 8
+    assert int(group_sum[1, 1]) == 0
     for token in (0, 2):
         for part, clean_part in zip((codes, scale, group_sum), clean, strict=True):
             assert torch.equal(part[token], clean_part[token])
@@ -112,7 +115,8 @@ def test_non_contiguous_input() -> None:
     for found, expected in zip(
         quantize_activation(x, 8), quantize_activation(x.contiguous(), 8), strict=True
     ):
-        assert torch.equal(found, expected) and found.is_contiguous() == expected.is_contiguous()
+        assert torch.equal(found, expected)
+        assert found.is_contiguous() == expected.is_contiguous()
 
 
 @pytest.mark.parametrize("per_token", [False, True])
