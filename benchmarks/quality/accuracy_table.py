@@ -51,11 +51,12 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens per sample (default: 1024)")
     parser.add_argument("--bits", type=float, nargs="*", default=[4.17, 4.41, 4.5, 4.845, 5.215], help="budgets")
     parser.add_argument("--max-tokens", type=int, help="evaluate on the first tokens only")
+    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--csv", type=Path, help="write the table here too")
     args = parser.parse_args()
 
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model, dtype=torch.float32)
+    model = load_model(args.model, dtype=torch.float32, device=args.device)
     started = time.perf_counter()
     calibration = torchmix.calibrate(
         model,
@@ -105,6 +106,13 @@ def main() -> None:
     report(rows, args)
 
 
+def machine(device: str) -> str:
+    """What the run was made on."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
 def report(rows: list[dict[str, str]], args: argparse.Namespace) -> None:
     """Print the table, and write it with the conditions of the run."""
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
@@ -117,7 +125,7 @@ def report(rows: list[dict[str, str]], args: argparse.Namespace) -> None:
         "model": Path(args.model).name,
         "calibration": f"{Path(args.data).name} {args.samples}x{args.sequence_length}",
         "text": Path(args.text).name,
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{machine(args.device)}, torch {torch.__version__}",
         "commit": commit or "unknown",
     }
     with args.csv.open("w", newline="", encoding="utf-8") as file:
