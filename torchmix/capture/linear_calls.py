@@ -66,9 +66,11 @@ class LinearCalls(TorchFunctionMode):
         x_at, x_name, weight_at, weight_name = operands
         weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_name)
         found = self._find(weight) if isinstance(weight, Tensor) else None
-        if found is None or func is torch.bmm:
-            return self._batched(func, args, kwargs) if found else func(*args, **kwargs)
+        if weight is None or found is None:
+            return func(*args, **kwargs)
         x = args[x_at] if len(args) > x_at else kwargs[x_name]
+        if weight.dim() == 3:
+            return self._each_expert(x, weight)
         call = LinearCall(*found, source=x, x=x.detach().reshape(-1, x.shape[-1]))
         on_gradient = self._observer(call)
         if on_gradient is None or not torch.is_grad_enabled():
@@ -93,10 +95,11 @@ class LinearCalls(TorchFunctionMode):
             return name, (weight.storage_offset() - base.storage_offset()) // weight.numel()
         return (name, None) if weight.numel() == base.numel() else None
 
-    def _batched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """bmm(x (E, T, K), weight (E, K, N)): one product per expert, so that each is reported."""
-        x, weight = args
-        return torch.stack([torch.matmul(x[e], weight[e]) for e in range(len(weight))])
+    def _each_expert(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (..., E, T, K) or (T, K) @ weight (E, K, N): one product per expert, so that each is reported."""
+        inputs = [x] * len(weight) if x.dim() < 3 else x.expand(*x.shape[:-3], len(weight), -1, -1).unbind(-3)
+        with self:  # inside __torch_function__ the mode is off
+            return torch.stack([torch.matmul(x_e, weight[e]) for e, x_e in enumerate(inputs)], dim=-3)
 
 
 def _with_operand(
@@ -118,4 +121,5 @@ _OPERANDS: dict[Any, tuple[int, str, int, str]] = {
     torch.mm: (0, "input", 1, "mat2"),
     torch.Tensor.mm: (0, "self", 1, "mat2"),
     torch.bmm: (0, "input", 1, "mat2"),
+    torch.Tensor.bmm: (0, "self", 1, "mat2"),
 }
