@@ -14,7 +14,7 @@ import types
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -266,11 +266,7 @@ def _quantize_target(target: Target, row_bits: Tensor, config: MixLLMConfig) -> 
         per_token=config.activation_group == "token",
         transposed=target.transposed,
     )
-    notes = tuple(
-        r.note if target.num_experts is None else f"expert {e}: {r.note}"
-        for e, r in enumerate(rounded)
-        if r.note
-    )
+    notes = _merge_notes([r.note for r in rounded], target.num_experts is not None)
     for note in notes:
         logger.warning("%s: %s", target.name, note)
     quality = sqnr_db(target.weight.detach().float(), quantized.dequantize(torch.float32))
@@ -285,6 +281,17 @@ def _quantize_target(target: Target, row_bits: Tensor, config: MixLLMConfig) -> 
     if config.progress is not None:
         total = len(config.plan.layers) if config.plan is not None else len(config.records)
         config.progress(len(config.records), total, target.name)
+
+
+def _merge_notes(notes: Sequence[str], experts: bool) -> tuple[str, ...]:
+    """Distinct notes of a layer's experts, each with the experts that it is about."""
+    about: dict[str, list[int]] = {}
+    for expert, note in enumerate(notes):
+        if note:
+            about.setdefault(note, []).append(expert)
+    if not experts:
+        return tuple(about)
+    return tuple(f"{len(which)} of {len(notes)} experts {which}: {note}" for note, which in about.items())
 
 
 def _round(

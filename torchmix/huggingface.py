@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torchmix.checkpoint_format import (
 from torchmix.tensor import MixedPrecisionTensor
 
 logger = logging.getLogger(__name__)
+MIN_TRANSFORMERS = "5.23"
 _HINT = "install it with: pip install 'torchmix[transformers]'"
 
 
@@ -108,17 +110,33 @@ def _transformers() -> Any:
     return transformers
 
 
-def register() -> None:
-    """Enter the format as quantization method "torchmix" of transformers; calling it again changes nothing."""
-    from transformers.quantizers import register_quantization_config, register_quantizer
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+def register() -> bool:
+    """Enter the format as quantization method "torchmix" of transformers; calling it again changes nothing.
 
-    if QUANT_METHOD in AUTO_QUANTIZER_MAPPING:
-        return
-    config_class, quantizer_class = _define_classes()
+    Returns:
+        Whether it is entered. A transformers too old for it is no reason to fail on import: torchmix then works on
+        modules, and a logged warning says that checkpoints cannot be loaded through transformers.
+    """
+    try:
+        from transformers.quantizers import register_quantization_config, register_quantizer
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+        if QUANT_METHOD in AUTO_QUANTIZER_MAPPING:
+            return True
+        config_class, quantizer_class = _define_classes()
+        _register_grouped_mm_fallback()
+    except (ImportError, AttributeError) as error:
+        installed = version("transformers")
+        logger.warning(
+            "transformers %s cannot load torchmix checkpoints (%s); it needs %s or newer",
+            installed,
+            error,
+            MIN_TRANSFORMERS,
+        )
+        return False
     register_quantization_config(QUANT_METHOD)(config_class)
     register_quantizer(QUANT_METHOD)(quantizer_class)
-    _register_grouped_mm_fallback()
+    return True
 
 
 def _register_grouped_mm_fallback() -> None:
