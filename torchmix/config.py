@@ -34,7 +34,7 @@ from torchmix.selection import MIN_IN_FEATURES, Target, check_target, select_par
 from torchmix.tensor import MixedPrecisionTensor
 
 logger = logging.getLogger(__name__)
-DATA_FREE_WIDTHS = (4, 8)
+DATA_FREE_WIDTHS = (3, 4, 5, 6, 8)
 DATA_FREE_BITS = 4.5
 Granularity = Literal["group", "token"]
 
