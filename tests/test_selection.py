@@ -183,6 +183,21 @@ def test_conv1d_of_gpt2() -> None:
     assert reasons(selection)["lm_head.weight"] == "tied to an embedding"
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 130, "vdim": 130}])
+def test_attention_of_torch_is_listed(options: dict[str, int]) -> None:
+    """It reads its weights itself instead of calling a layer, so they stay, and count against the coverage."""
+    model = nn.ModuleDict({"fc": nn.Linear(128, 128), "attention": nn.MultiheadAttention(128, 2, **options)})
+    for include in ((), ("*",)):
+        selection = select_parameters(model, include)
+        assert [target.name for target in selection.targets] == ["fc.weight"]
+        names = {name for name, p in model.named_parameters() if name.startswith("att") and p.dim() == 2}
+        excluded = {e.name: e for e in selection.excluded}
+        assert set(excluded) == names - {"attention.bias_k", "attention.bias_v"}
+        assert all(
+            "nn.MultiheadAttention" in e.reason and e.counts_against_coverage for e in excluded.values()
+        )
+
+
 def with_weight(weight: Tensor) -> nn.Module:
     model = nn.Sequential(nn.Linear(128, 8), nn.Linear(128, 8))
     model[1].weight = nn.Parameter(weight, requires_grad=False)

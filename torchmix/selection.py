@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from torchmix.allocation.plan import Exclusion
 
 MIN_IN_FEATURES = 128
+_INSIDE_ATTENTION = "used inside nn.MultiheadAttention, which needs dense weights"
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
 FINGERPRINT_ROWS = 256
 
@@ -81,7 +83,8 @@ def select_parameters(
         min_in_features: rows shorter than this are left alone (their scales would cost more than they save).
 
     Excluded by default, and listed with the reason: output heads, weights tied to an embedding, routers of
-    experts, rows with fewer than ``min_in_features`` inputs.
+    experts, rows with fewer than ``min_in_features`` inputs. The weights of ``nn.MultiheadAttention`` cannot be
+    quantized and are listed too.
 
     Raises:
         ValueError: for a pattern that matches nothing, or a model without any weight to quantize.
@@ -95,7 +98,10 @@ def select_parameters(
         if id(target.weight) in seen:
             continue
         seen.add(id(target.weight))
-        if _matches_any(target.name, exclude):
+        unsupported = isinstance(target.module, NonDynamicallyQuantizableLinear)
+        if unsupported:
+            reason = _INSIDE_ATTENTION
+        elif _matches_any(target.name, exclude):
             reason = "excluded by the user"
         elif include:
             reason = "" if _matches_any(target.name, include) else "not matched by include"
@@ -104,7 +110,7 @@ def select_parameters(
         if reason:
             excluded.append(
                 Exclusion(
-                    target.name, reason, target.weight.numel(), False, weight_fingerprint(target.weight)
+                    target.name, reason, target.weight.numel(), unsupported, weight_fingerprint(target.weight)
                 )
             )
         else:
@@ -182,8 +188,13 @@ def _is_router(model: nn.Module, module_name: str) -> bool:
 
 
 def _other_weights(model: nn.Module, seen: set[int]) -> Iterator[Exclusion]:
-    """Embeddings, and routers that are no ``nn.Linear``: never quantized, but listed."""
+    """Embeddings, routers that are no ``nn.Linear``, attention's joint weights: never quantized, but listed."""
     for module_name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            prefix = f"{module_name}." if module_name else ""
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2:  # in_proj_weight, or q_proj_weight, k_proj_weight, v_proj_weight
+                    yield Exclusion(f"{prefix}{name}", _INSIDE_ATTENTION, parameter.numel(), True)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or id(weight) in seen or weight.dim() != 2:
             continue
