@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,22 +146,25 @@ class Calibration:
                 metric that was not measured, a pattern that matches nothing.
         """
         metric = self._metric(salience)
+        bounds = (min_bits or {}, max_bits or {}, fixed or {})
+        asked = None if widths is None else tuple(sorted(set(widths)))
         if rows_at_8_bits is not None:
-            if bits is not None or widths not in (None, PAPER_WIDTHS):
+            rules = (row_multiple, tensor_parallel) != (1, 1) or any(bounds)
+            if bits is not None or asked not in (None, PAPER_WIDTHS) or rules:
                 raise ValueError(
-                    f"rows_at_8_bits={rows_at_8_bits} fixes the widths {PAPER_WIDTHS} and the size; leave out bits "
-                    f"({bits}) and widths ({widths})"
+                    f"rows_at_8_bits={rows_at_8_bits} fixes the widths {PAPER_WIDTHS}, the size and the rows; leave "
+                    f"out bits ({bits}), widths ({widths}), row_multiple, tensor_parallel, min_bits, max_bits, fixed"
                 )
             return self._paper_plan(metric, rows_at_8_bits)
-        widths = self.widths if widths is None else tuple(sorted(set(widths)))
-        if len(widths) == 1 and bits is None:
-            return self._bit_plan(metric, self._uniform(widths[0]), widths)
+        widths = asked or self.widths
+        if len(widths) == 1 and bits is None and not any(bounds):
+            return self._bit_plan(metric, self._uniform(widths[0]), widths, row_multiple, tensor_parallel)
         if bits is None:
             raise ValueError(
                 f"a budget is needed to choose among the widths {widths}; pass for example bits=4.5"
             )
         problem = AllocationProblem(
-            self._choices(metric, widths, min_bits or {}, max_bits or {}, fixed or {}),
+            self._choices(metric, widths, *bounds),
             widths,
             budget_in_bits(bits, self._num_weights()),
             row_multiple,
@@ -274,13 +277,15 @@ class Calibration:
                 tensors[f"score/{metric}/{name}"] = scores.contiguous()
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(handle)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask grants; safetensors itself leaves 0600
             save_file(tensors, temporary, {"torchmix": json.dumps(self._header())})
+            temporary.chmod(mode)
             os.replace(temporary, target)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -332,7 +337,7 @@ def _from_parts(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibrati
     for entry in header["layers"]:
         name = entry["name"]
         scores = {metric: tensors[f"score/{metric}/{name}"] for metric in header["salience"]}
-        layers[name] = LayerStatistics(
+        layer = layers[name] = LayerStatistics(
             name,
             tuple(entry["shape"]),
             entry["transposed"],
@@ -341,6 +346,12 @@ def _from_parts(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibrati
             tuple(entry["hessian_keys"]),
             tuple(entry["tokens"]),
         )
+        expected = (*layer.rows_shape, len(header["widths"]))
+        for metric, score in scores.items():
+            if tuple(score.shape) != expected:
+                raise TypeError(
+                    f"{name}: the {metric} scores have shape {tuple(score.shape)} instead of {expected}"
+                )
     prefix = "hessian/"
     return Calibration(
         layers,
