@@ -149,7 +149,15 @@ def tiny_gpt2(seed: int = 0) -> nn.Module:
     """GPT-2 (``Conv1D`` layers, tied head) with random weights, 128 wide, one layer."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=128, n_layer=1, n_head=4)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=128,
+        n_layer=1,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
