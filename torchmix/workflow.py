@@ -206,6 +206,7 @@ def _run_language_model(
                     f"the logits are NaN or infinite in calibration sample {index}, though every linear layer had "
                     "finite inputs; calibrate in float32 or bfloat16"
                 )
+            _check_differentiable(logits, recorder, "the model's logits")
             for labels in recorder.needs_labels:
                 losses = _token_losses(logits, ids.to(logits.device), labels, generator)
                 recorder.labels, recorder.loss_tokens = labels, len(losses)
@@ -215,6 +216,14 @@ def _run_language_model(
             if progress is not None:
                 progress(index + 1, len(sample.input_ids))
     return sample.input_ids.numel()
+
+
+def _check_differentiable(output: Tensor, recorder: SalienceRecorder, what: str) -> None:
+    if recorder.needs_labels and not output.requires_grad:
+        raise ValueError(
+            f"{what} in calibration sample {recorder.sample} cannot be differentiated with respect to any layer "
+            f"(requires_grad={output.requires_grad}): look for no_grad or detach there, or use salience='output_error'"
+        )
 
 
 def _token_losses(logits: Tensor, ids: Tensor, labels: str, generator: torch.Generator) -> Tensor:
@@ -241,7 +250,7 @@ def _run_with_loss(
     loss_fn: LossFn,
     progress: Progress | None,
 ) -> int:
-    """Calibrate any module through its own loss; returns the rows of input the layers saw (the "tokens")."""
+    """Calibrate any module through its own loss; returns 0, as it is not known over how many tokens that sums."""
     weights = {target.name: target.weight for target in selection.targets}
     index = -1
     with calibration_mode(model):
@@ -255,6 +264,7 @@ def _run_with_loss(
                 raise ValueError(
                     f"loss_fn must return one finite number per batch, but batch {index} gave {loss}"
                 )
+            _check_differentiable(loss, recorder, "the result of loss_fn")
             recorder.loss_tokens = 1
             for labels in recorder.needs_labels:
                 recorder.labels = labels
