@@ -60,7 +60,8 @@ def _reference(
     codes = unpack_rows(qdata, flat_bits, in_features)
     zero_points = unpack_zero_points(zero_point, flat_bits, scale.shape[-1])
     weight = dequantize(codes, scale.reshape(-1, scale.shape[-1]), zero_points, group_size)
-    return weight.to(dtype).view(*row_bits.shape, in_features)
+    # contiguous: where the last group is padded, the weight is a view of a wider matrix
+    return weight.to(dtype).contiguous().view(*row_bits.shape, in_features)
 
 
 @torch.library.register_fake("torchmix::dequantize_rows")

@@ -110,9 +110,10 @@ def integer_linear(codes: Tensor, activation_scale: Tensor, centered: Tensor, sc
     groups_MG = split_groups(codes.float(), centered.shape[2])
     scale_NG = scale.float()
     y = groups_MG.new_zeros((codes.shape[0], centered.shape[0]))
-    for g in range(centered.shape[1]):
-        dot_MN = groups_MG[:, g] @ centered[:, g].T
-        y.addcmul_(dot_MN.mul_(scale_NG[:, g]), activation_scale[:, g, None])
+    with torch.autocast(codes.device.type, enabled=False):  # the caller's autocast would round the integers
+        for g in range(centered.shape[1]):
+            dot_MN = groups_MG[:, g] @ centered[:, g].T
+            y.addcmul_(dot_MN.mul_(scale_NG[:, g]), activation_scale[:, g, None])
     return y
 
 
