@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torchmix.tensor import dispatch as _dispatch  # registers the operations on the class
+from torchmix.tensor.dispatch import registered_operations
 from torchmix.tensor.mixed_precision_tensor import MixedPrecisionTensor
+from torchmix.tensor.regional import compile_blocks
 
-__all__ = ["MixedPrecisionTensor"]
-assert _dispatch.REGISTERED, "the operations of MixedPrecisionTensor were not registered"
+__all__ = ["MixedPrecisionTensor", "compile_blocks", "registered_operations"]

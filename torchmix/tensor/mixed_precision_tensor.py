@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torchao.utils import TorchAOBaseTensor
 
-from torchmix.accounting import check_group_size, stored_bits
+from torchmix.accounting import check_bits, check_group_size
 from torchmix.ops import dequantize_rows
 from torchmix.packing import (
     MAX_BITS,
     MIN_BITS,
+    SIGNED_BITS,
+    pack_codes,
     pack_rows,
     pack_zero_points,
     packed_sizes,
@@ -24,6 +28,9 @@ from torchmix.primitives import SCALE_DTYPE, choose_qparams, quantize
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = "plain"
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], dict[str, Any]], Any]
+# Operations of other libraries, by name so that these need not be installed; torchmix.tensor.products fills it.
+OPS_BY_NAME: dict[str, Handler] = {}
 
 
 class MixedPrecisionTensor(TorchAOBaseTensor):
@@ -45,6 +52,8 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
 
     The number of rows of each width is deliberately not an attribute: it would be a guard of every compiled
     graph. Slices of rows and of inputs at group borders are again quantized tensors, without new rounding.
+
+    The weight is frozen: gradients flow to inputs and biases, never to it.
     """
 
     tensor_data_names = ["qdata", "scale", "zero_point", "row_bits"]
@@ -85,6 +94,28 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
         super().__init__()
 
     @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: tuple[Any, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the registered implementation of ``func``, or the operations that PyTorch composes it from.
+
+        PyTorch itself decomposes composite operations before they get here, but not in inference mode.
+        """
+        handler = cls._ATEN_OP_TABLE[cls].get(func) or OPS_BY_NAME.get(func.name())
+        if handler is not None:
+            return handler(func, types, args, kwargs or {})
+        result = func.decompose(*args, **(kwargs or {}))
+        if result is NotImplemented:
+            raise NotImplementedError(
+                f"{func} is not defined for a MixedPrecisionTensor; use dequantize() where a dense weight is meant"
+            )
+        return result
+
+    @classmethod
     def from_codes(
         cls,
         codes: Tensor,
@@ -111,22 +142,13 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
         Raises:
             ValueError: for widths outside 2..8, or shapes that do not fit each other.
         """
-        in_features = codes.shape[-1]
         _check_weight(codes.shape, row_bits, group_size, dtype)
         flat_bits = row_bits.flatten().contiguous()
-        shape = (*codes.shape[:-2], in_features, codes.shape[-2]) if transposed else codes.shape
-        return cls(
-            pack_rows(codes.reshape(-1, in_features), flat_bits),
-            scale.to(SCALE_DTYPE).contiguous(),
-            pack_zero_points(zero_point.reshape(-1, zero_point.shape[-1]), flat_bits),
-            row_bits.contiguous(),
-            shape,
-            group_size,
-            dtype,
-            PLAIN,
-            per_token,
-            transposed,
-        )
+        qdata = pack_rows(codes.reshape(-1, codes.shape[-1]), flat_bits)
+        packed_zero_point = pack_zero_points(zero_point.reshape(-1, zero_point.shape[-1]), flat_bits)
+        inner = (qdata, scale.to(SCALE_DTYPE).contiguous(), packed_zero_point, row_bits.contiguous())
+        shape = (*codes.shape[:-2], codes.shape[-1], codes.shape[-2]) if transposed else codes.shape
+        return cls(*inner, shape, group_size, dtype, PLAIN, per_token, transposed)
 
     @classmethod
     def from_hp(
@@ -152,21 +174,20 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
         """
         rows = weight.transpose(-1, -2) if transposed else weight
         if isinstance(row_bits, int):
-            row_bits = torch.full(rows.shape[:-1], row_bits, dtype=torch.uint8, device=weight.device)
-        _check_weight(rows.shape, row_bits, group_size, weight.dtype)
-        flat, flat_bits = rows.reshape(-1, rows.shape[-1]), row_bits.flatten()
+            check_bits(row_bits)
+            bits = torch.full(rows.shape[:-1], row_bits, dtype=torch.uint8, device=weight.device)
+        else:
+            bits = row_bits
+        _check_weight(rows.shape, bits, group_size, weight.dtype)
+        flat, flat_bits = rows.reshape(-1, rows.shape[-1]), bits.flatten()
         scale, zero_point = choose_qparams(flat, flat_bits, group_size)
         codes = quantize(flat, scale, zero_point, flat_bits, group_size)
-        return cls.from_codes(
-            codes.view(rows.shape),
-            scale.view(*rows.shape[:-1], -1),
-            zero_point.view(*rows.shape[:-1], -1),
-            row_bits,
-            group_size,
-            weight.dtype,
-            per_token=per_token,
-            transposed=transposed,
-        )
+        if isinstance(row_bits, int):
+            qdata, packed_zero_point = _pack_equal_rows(codes, zero_point, row_bits)
+        else:
+            qdata, packed_zero_point = pack_rows(codes, flat_bits), pack_zero_points(zero_point, flat_bits)
+        inner = (qdata, scale.view(*rows.shape[:-1], -1), packed_zero_point, bits.contiguous())
+        return cls(*inner, weight.shape, group_size, weight.dtype, PLAIN, per_token, transposed)
 
     @property
     def in_features(self) -> int:
@@ -181,7 +202,8 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: codes, scales, zero points and row widths."""
-        return stored_bits(self.row_bits, self.in_features, self.group_size) / self.numel()
+        inner = [getattr(self, name) for name in self.tensor_data_names]
+        return 8 * sum(t.numel() * t.element_size() for t in inner) / max(self.numel(), 1)
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """Dense weight ``scale * (code - zero_point)`` in ``output_dtype`` (default: ``dtype``), shape as seen."""
@@ -228,17 +250,35 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
 
     def _quantization_type(self) -> str:
         """Short description for a module's ``extra_repr``, as torchao's tensors have it."""
-        packed = "meta" if self.device.type == "meta" else f"{self.bits_per_weight:.3f} bits per weight"
-        return f"shape={tuple(self.shape)}, group_size={self.group_size}, {packed}"
+        description = f"shape={tuple(self.shape)}, group_size={self.group_size}"
+        if is_fake(self):  # lengths may be symbols, and printing must not fix their values
+            return description
+        return f"{description}, {self.bits_per_weight:.3f} bits per weight"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._quantization_type()}, dtype={self.dtype}, device={self.device})"
 
     def _stable_hash_for_caching(self) -> str:
         """Key of compile caches: everything a graph depends on, nothing of the values."""
-        inner = [(tuple(getattr(self, n).shape), str(getattr(self, n).dtype)) for n in self.tensor_data_names]
+        inner = [getattr(self, name) for name in self.tensor_data_names]
+        data = [(tuple(t.shape), tuple(t.stride()), str(t.dtype)) for t in inner]
         attributes = [str(getattr(self, name)) for name in self.tensor_attribute_names]
-        return hashlib.sha256(repr((inner, attributes, str(self.device))).encode()).hexdigest()
+        key = (data, attributes, str(self.device), self.requires_grad)
+        return hashlib.sha256(repr(key).encode()).hexdigest()
+
+    def with_parts(self, **changes: Any) -> MixedPrecisionTensor:
+        """Copy of the wrapper with some inner tensors or attributes replaced; shares the others."""
+        names = self.tensor_data_names + self.tensor_attribute_names
+        return type(self)(**{name: changes.get(name, getattr(self, name)) for name in names})
+
+
+def _pack_equal_rows(codes: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """What ``pack_rows`` and ``pack_zero_points`` give for rows of one width, in operations that can be traced."""
+    qdata = pack_codes(codes.view(torch.uint8), bits).flatten()
+    if bits == SIGNED_BITS:
+        return qdata, qdata.new_empty(0)
+    length = (zero_point.shape[1] * bits + 7) // 8
+    return qdata, pack_codes(zero_point, bits)[:, :length].flatten()
 
 
 def _check_weight(shape: Sequence[int], row_bits: Tensor, group_size: int, dtype: torch.dtype) -> None:
