@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: MixedPrecisionTensor, bias: Tensor | None = None) 
     A ``transposed`` weight is stored by the rows of its other dimension; it is dequantized.
 
     Raises:
-        ValueError: for a weight that is not 2-D.
+        ValueError: for a weight that is not 2-D, or an input of another size.
     """
     if weight.dim() != 2:
         raise ValueError(
@@ -43,7 +43,17 @@ def linear(x: Tensor, weight: MixedPrecisionTensor, bias: Tensor | None = None) 
     if weight.transposed:
         dense = weight.dequantize(x.dtype)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    _check_inputs("linear", x, weight)
     return mixed_linear(x, *_inner(weight), bias, weight.group_size, weight.per_token)
+
+
+def _check_inputs(name: str, x: Tensor, weight: MixedPrecisionTensor) -> None:
+    """Raise ``ValueError`` unless the last dimension of ``x`` is the weight's K; padding would hide the difference."""
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"{name}: the input of shape {tuple(x.shape)} has {x.shape[-1]} features, but the weight takes "
+            f"{weight.in_features} (shape {tuple(weight.shape)}); the input belongs to another layer"
+        )
 
 
 def _inner(weight: MixedPrecisionTensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,6 +128,7 @@ def _grouped_mm(x: Tensor, weight: Any, offs: Tensor | None = None, **kwargs: An
             f"weight.transpose(-2, -1) of the stored (experts, out_features, in_features), and no further options; "
             f"got {type(weight).__name__} of shape {tuple(weight.shape)}, offs={offs} and options {kwargs}"
         )
+    _check_inputs("grouped_mm", x, weight)
     return mixed_grouped_linear(_autocast(x), offs, *_inner(weight), weight.group_size, weight.per_token)
 
 
