@@ -111,7 +111,9 @@ class MixLLMConfig(AOBaseConfig):
             self._by_fingerprint.setdefault(layer.fingerprint, deque()).append(layer)
         self._done: dict[int, tuple[Any, nn.Parameter]] = {}
         self._model: Any = None  # weak reference to the model whose experts are quantized along
+        self._modules: frozenset[int] = frozenset()  # ids of its modules
         self._pending: list[Target] = []
+        self._names: dict[int, tuple[Any, str]] = {}  # id of a parameter -> weak reference and name
         self._warned = False
 
 
@@ -134,7 +136,7 @@ def mixllm_config(
     Args:
         plan, calibration, rounding, group_size, activation_group, bits, progress: see :class:`MixLLMConfig`.
         model: the model that will be quantized; needed when the plan holds experts or ``Conv1D`` weights and was
-            not made by a calibration of this very model.
+            not made by a calibration of this very model, or when layers of equal weights are treated differently.
 
     Raises:
         ValueError: for settings that contradict each other, a calibration of another model than the plan's, or
@@ -142,8 +144,10 @@ def mixllm_config(
     """
     config = MixLLMConfig(plan, calibration, rounding, group_size, activation_group, bits, progress=progress)
     hidden = [] if plan is None else [name for name, layer in plan.layers.items() if _is_hidden(layer)]
+    found = model if model is not None else _model_of(calibration)
+    if found is not None:
+        config._names = {id(p): (weakref.ref(p), name) for name, p in found.named_parameters()}
     if hidden:
-        found = model if model is not None else _model_of(calibration)
         if found is None:
             raise ValueError(
                 f"{hidden[0]}: quantize_ shows only nn.Linear modules to a configuration, but this plan holds "
@@ -152,6 +156,7 @@ def mixllm_config(
         selection = select_parameters(found, include=list(plan.layers) if plan is not None else ())
         config._pending = [target for target in selection.targets if target.name in set(hidden)]
         config._model = weakref.ref(found)
+        config._modules = frozenset(id(module) for module in found.modules())
     return config
 
 
@@ -202,16 +207,16 @@ def _quantize_module(module: nn.Module, config: MixLLMConfig, *, parameter_name:
 
 def _quantize_pending(module: nn.Module, config: MixLLMConfig) -> None:
     """Quantize what ``quantize_`` never shows, once, when the first module of the model comes by."""
-    if not config._pending:
+    if config._model is None:
         return
-    model = config._model()
-    if model is None or all(module is not other for other in model.modules()):
+    assert config.plan is not None, "only a plan can hold weights that quantize_ does not show"
+    if config._model() is None or id(module) not in config._modules:
+        name = next(name for name, layer in config.plan.layers.items() if _is_hidden(layer))
         raise ValueError(
-            f"{config._pending[0].name}: the plan's expert or Conv1D weights belong to another model object than the "
-            "one that is being quantized; pass mixllm_config(..., model=model)"
+            f"{name}: the plan's expert or Conv1D weights belong to another model object than the one that is being "
+            "quantized; pass mixllm_config(..., model=model)"
         )
     pending, config._pending = config._pending, []
-    assert config.plan is not None, "only a plan can hold weights that quantize_ does not show"
     for target in pending:
         layer = config.plan.layers[target.name]
         if weight_fingerprint(target.weight) != layer.fingerprint:
@@ -230,10 +235,20 @@ def _find_layer(module: nn.Module, weight: Tensor, config: MixLLMConfig) -> Laye
             f"{module} is on the meta device and has no values to quantize; load the weights first"
         )
     fingerprint = weight_fingerprint(weight)
-    layers = config._by_fingerprint.get(fingerprint)
+    layers = config._by_fingerprint.get(fingerprint) or deque()
+    excluded = [exclusion.name for exclusion in config.plan.excluded if exclusion.fingerprint == fingerprint]
+    reference, name = config._names.get(id(weight), (lambda: None, ""))
+    if reference() is weight and (name in excluded or any(layer.name == name for layer in layers)):
+        return next((layer for layer in layers if layer.name == name), None)
+    if layers and excluded:
+        raise ValueError(
+            f"{module}: {layers[0].name} and the excluded {excluded[0]} hold equal weights, and quantize_ does not "
+            "tell which of them this is; pass mixllm_config(..., model=model)"
+        )
     if layers:
-        return layers.popleft()
-    if any(exclusion.fingerprint == fingerprint for exclusion in config.plan.excluded):
+        layers.rotate(-1)  # layers with equal weights take turns, in the order of the model
+        return layers[-1]
+    if excluded:
         return None
     raise ValueError(
         f"{module}: no layer of the plan has these weights, so the plan was made for another model (or for this one "
