@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import logging
 import time
-import types
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -32,6 +30,7 @@ from torchmix.rounding import ROUNDING_METHODS, RoundedWeight, round_weight
 from torchmix.scoring import data_free_scores
 from torchmix.selection import MIN_IN_FEATURES, Target, check_target, select_parameters, weight_fingerprint
 from torchmix.tensor import MixedPrecisionTensor
+from torchmix.tensor.module_repr import show_quantized_weights
 
 logger = logging.getLogger(__name__)
 DATA_FREE_WIDTHS = (3, 4, 5, 6, 8)
@@ -358,19 +357,7 @@ def _quantize_data_free(module: nn.Module, parameter_name: str, config: MixLLMCo
 def _replace(module: nn.Module, parameter_name: str, parameter: nn.Parameter) -> None:
     """Put the quantized parameter in place and let ``print(model)`` say so."""
     setattr(module, parameter_name, parameter)
-    describe = partial(_extra_repr, original=module.extra_repr, parameter_name=parameter_name)
-    module.extra_repr = types.MethodType(describe, module)  # type: ignore[method-assign]
-
-
-def _extra_repr(module: nn.Module, original: Callable[[], str], parameter_name: str) -> str:
-    """``extra_repr`` of a module with a quantized parameter."""
-    weight = getattr(module, parameter_name)
-    described = (
-        [original(), f"{parameter_name}={weight}"]
-        if isinstance(weight, MixedPrecisionTensor)
-        else [original()]
-    )
-    return ", ".join(text for text in described if text)
+    show_quantized_weights(module)
 
 
 ALLOWED_AO_MODULES.add("torchmix")  # lets torchao's config_from_dict find MixLLMConfig
