@@ -46,9 +46,9 @@ def test_row_numbers_outside_are_an_error(row: int) -> None:
 
 
 def test_sizes_are_unknown_while_tracing() -> None:
-    weight = packed_weight(4, 64, 64)
+    real = packed_weight(4, 64, 64).inner
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        inner = [mode.from_tensor(tensor) for tensor in weight.inner]
+        inner = [mode.from_tensor(tensor) for tensor in real]
         rows = mode.from_tensor(torch.arange(2))
         qdata, zero_point = gather_rows(inner[0], inner[2], inner[3], rows, 64, 1)
     for result in (qdata, zero_point):

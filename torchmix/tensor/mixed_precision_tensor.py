@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -267,9 +268,17 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
         return hashlib.sha256(repr(key).encode()).hexdigest()
 
     def with_parts(self, **changes: Any) -> MixedPrecisionTensor:
-        """Copy of the wrapper with some inner tensors or attributes replaced; shares the others."""
+        """Copy of the wrapper with some inner tensors or attributes replaced; shares the others.
+
+        A view of an ordinary tensor must be an ordinary tensor in inference mode too, or PyTorch refuses it.
+        """
         names = self.tensor_data_names + self.tensor_attribute_names
-        return type(self)(**{name: changes.get(name, getattr(self, name)) for name in names})
+        leave = torch.is_inference_mode_enabled() and not self.is_inference()
+        with torch.inference_mode(False) if leave else nullcontext():
+            return type(self)(**{name: changes.get(name, getattr(self, name)) for name in names})
+
+    def _apply_fn_to_data(self, fn: Callable[[Tensor], Tensor]) -> MixedPrecisionTensor:
+        return self.with_parts(**{name: fn(getattr(self, name)) for name in self.tensor_data_names})
 
 
 def _pack_equal_rows(codes: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -301,4 +310,3 @@ def _check_weight(shape: Sequence[int], row_bits: Tensor, group_size: int, dtype
 
 
 MixedPrecisionTensor.__module__ = "torchmix"
-torch.serialization.add_safe_globals([MixedPrecisionTensor])
