@@ -130,7 +130,7 @@ def test_inputs_that_are_broadcast_over_experts(shape: tuple[int, ...]) -> None:
 def test_experts_that_start_in_the_middle_of_a_storage() -> None:
     """Parameters of a model loaded from one buffer have a storage offset of their own."""
     buffer = torch.randn(1000)
-    weight = nn.Parameter(buffer[7:67].view(3, 4, 5), requires_grad=False)
+    weight = nn.Parameter(buffer[27:87].view(3, 4, 5), requires_grad=False)
     recorder = Recorder()
     with LinearCalls({"w": weight}, recorder):
         torch.randn(2, 4) @ weight[2]
