@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +20,33 @@ from torchmix.allocation import BitPlan
 from torchmix.checkpoint_files import (
     completed_directory,
     copy_other_files,
-    open_shard,
+    parse_size,
     read_json,
-    shard_digests,
     write_index,
     write_json,
     write_shards,
 )
 from torchmix.checkpoint_format import (
-    PARTS,
     CheckpointConfig,
     LayerFormat,
     TensorSpec,
     file_bytes,
     model_specs,
-    parse_size,
     producer_name,
     quantized_tensors,
     split_shards,
     stored_tensors,
-    tensor_from_parts,
 )
 from torchmix.checkpoint_inspection import CheckpointInfo, inspect_checkpoint
-from torchmix.huggingface import is_transformers_config, load_model
+from torchmix.checkpoint_loading import load_into
+from torchmix.huggingface import is_available, is_transformers_config, load_model, model_directory
 from torchmix.model_card import model_card
 from torchmix.selection import linear_weights
 from torchmix.tensor import MixedPrecisionTensor
+from torchmix.tensor.mixed_precision_tensor import WEIGHT_DTYPES
 
 PLAN_NAME = "torchmix_plan.json"
+NOT_SHOWN = "quantize_ without a plan quantizes nn.Linear only"
 
 
 def planned_checkpoint_bytes(model: nn.Module, plan: BitPlan, max_shard_size: int | str = "5GB") -> int:
@@ -57,6 +56,9 @@ def planned_checkpoint_bytes(model: nn.Module, plan: BitPlan, max_shard_size: in
         model: the original model, with or without values (meta device).
         plan: row widths of its layers.
         max_shard_size: bytes, or a text such as "5GB".
+
+    Raises:
+        ValueError: the plan is of another model, or the model has state that cannot be stored.
     """
     shards = split_shards(model_specs(model, plan), parse_size(max_shard_size))
     return sum(file_bytes(specs) for specs in shards.values())
@@ -80,18 +82,22 @@ def save_pretrained(
         directory: appears when complete; must not exist, or be empty, unless ``overwrite``.
         plan: the plan behind it, for the list of excluded layers and their reasons.
         source: directory of the original model, whose other files (tokenizer, chat template, generation
-            configuration, code) are copied; by default the directory that the model was loaded from.
+            configuration, code) are copied; by default the directory that the model was loaded from, or the
+            hub's files on this machine.
         max_shard_size: bytes per file, or a text such as "5GB"; tensors of one module are never separated.
         overwrite: replace what is there, after the new checkpoint is complete.
         card: text of README.md; by default a model card made from the checkpoint's own numbers.
 
     Raises:
-        ValueError: nothing is quantized, the target exists, or a value is not finite.
+        ValueError: nothing is quantized, the target exists, or the model holds something that cannot be stored.
+        FileNotFoundError: ``source`` is not a directory.
         OSError: no space or no permission; nothing is left under the final name.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     config = _describe(model, plan)
     specs = model_specs(model)
     _check_names(specs)
+    _check_values(model)
     shards = split_shards(specs, parse_size(max_shard_size))
     target = Path(directory).absolute()
     num_bytes = sum(file_bytes(tensors) for tensors in shards.values())
@@ -103,9 +109,8 @@ def save_pretrained(
         if plan is not None:
             plan.save(temporary / PLAN_NAME)
         info = inspect_checkpoint(temporary)
-        (temporary / "README.md").write_text(
-            card or model_card(info.to_dict(), target.name), encoding="utf-8"
-        )
+        text = card or model_card(info.to_dict(), target.name, transformers=hasattr(model, "config"))
+        (temporary / "README.md").write_text(text, encoding="utf-8")
     return CheckpointInfo(target, info.config, info.layers, info.shards)
 
 
@@ -125,17 +130,22 @@ def load_pretrained(
             It is changed in place and returned.
         device: where the weights go.
         dtype: dtype of the unquantized weights and of the quantized weights as the model sees them; by default as
-            stored.
+            saved.
         verify: compare the sha256 of every file first.
 
     Raises:
         FileNotFoundError: no checkpoint there, or a file of it is missing.
+        TypeError: ``dtype`` is none that quantized weights can have.
         ValueError: not a torchmix checkpoint, an unknown version, a damaged file, or another model.
     """
     path = Path(directory)
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"dtype={dtype} is not one that quantized weights can have, choose one of {WEIGHT_DTYPES}"
+        )
     config = inspect_checkpoint(path, verify=verify).config
     if model is not None:
-        return _load_into(model, path, config, torch.device(device), dtype)
+        return load_into(model, path, config, torch.device(device), dtype)
     if not is_transformers_config(read_json(path / "config.json")):
         raise ValueError(
             f"{path}: this checkpoint is not of a transformers model, so the module cannot be rebuilt from its "
@@ -161,23 +171,35 @@ def _describe(model: nn.Module, plan: BitPlan | None) -> CheckpointConfig:
     bits = sum(stored_bits(w.row_bits, w.in_features, w.group_size) for w in quantized.values())
     layers = {name: LayerFormat(tuple(w.shape), w.transposed) for name, w in quantized.items()}
     known = _known_config(model)
+    missed = _missed_weights(model, layers)
     reasons = dict(known.excluded) if known is not None else {}
     if plan is not None:
         reasons |= {exclusion.name: exclusion.reason for exclusion in plan.excluded}
     for name in linear_weights(model):
-        if name not in layers:
-            reasons.setdefault(name, "left as it is")
+        reasons.setdefault(name, NOT_SHOWN if name in missed else "left as it is")
+    num_weights = sum(weight.numel() for weight in quantized.values())
+    made_with = plan if plan is not None else known
     return CheckpointConfig(
         group_size=first.group_size,
         per_token=first.per_token,
         layers=layers,
         excluded=tuple((name, reason) for name, reason in reasons.items() if name not in layers),
-        bits_per_weight=bits / sum(weight.numel() for weight in quantized.values()),
-        coverage=plan.coverage if plan is not None else known.coverage if known is not None else 1.0,
-        row_multiple=plan.row_multiple if plan is not None else 1,
-        tensor_parallel=plan.tensor_parallel if plan is not None else 1,
+        bits_per_weight=bits / num_weights,
+        coverage=made_with.coverage if made_with else num_weights / (num_weights + sum(missed.values())),
+        row_multiple=made_with.row_multiple if made_with else 1,
+        tensor_parallel=made_with.tensor_parallel if made_with else 1,
         producer=producer_name(),
     )
+
+
+def _missed_weights(model: nn.Module, layers: Container[str]) -> dict[str, int]:
+    """Unquantized experts and ``Conv1D`` weights: name -> size. Other linear weights were left out on purpose."""
+    missed = {}
+    for name in linear_weights(model):
+        module, _, leaf = name.rpartition(".")
+        if name not in layers and not isinstance(model.get_submodule(module), nn.Linear):
+            missed[name] = getattr(model.get_submodule(module), leaf).numel()
+    return missed
 
 
 def _known_config(model: nn.Module) -> CheckpointConfig | None:
@@ -201,6 +223,15 @@ def _check_names(specs: list[TensorSpec]) -> None:
         seen.add(spec.name)
 
 
+def _check_values(model: nn.Module) -> None:
+    """Refuse tensors without values, as on the meta device or offloaded to disk."""
+    for name, tensor in _all_tensors(model).items():
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{name} is on the meta device and has no values to store; load the weights first"
+            )
+
+
 def _all_tensors(model: nn.Module) -> Mapping[str, Tensor]:
     """All stored tensors by name, quantized ones as their parts."""
     tensors: dict[str, Tensor] = {}
@@ -213,75 +244,32 @@ def _all_tensors(model: nn.Module) -> Mapping[str, Tensor]:
 
 def _source_directory(model: nn.Module, source: str | os.PathLike[str] | None) -> Path | None:
     """Where the files beside the weights are copied from."""
-    name = source or getattr(getattr(model, "config", None), "_name_or_path", None)
-    path = Path(name) if name else None
-    if source is not None and (path is None or not path.is_dir()):
-        raise FileNotFoundError(f"{source} is not a directory; source must be the original model's directory")
-    return path if path is not None and path.is_dir() else None
+    if source is not None:
+        if not Path(source).is_dir():
+            raise FileNotFoundError(
+                f"{source} is not a directory; source must be the original model's directory"
+            )
+        return Path(source)
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return model_directory(name, local_files_only=True) if name and is_available() else None
 
 
 def _write_config(model: nn.Module, config: CheckpointConfig, directory: Path) -> None:
     """config.json: the model's own configuration, if it has one, and the quantization."""
     own: Any = getattr(model, "config", None)
-    data: dict[str, Any] = {}
+    first = next(tensor for _, tensor in stored_tensors(model) if isinstance(tensor, MixedPrecisionTensor))
+    data: dict[str, Any] = {"dtype": str(first.dtype).removeprefix("torch.")}
     if hasattr(own, "to_json_string"):
-        data = json.loads(own.to_json_string())
-        data["architectures"] = [type(model).__name__]
+        data = {**json.loads(own.to_json_string()), **data, "architectures": [type(model).__name__]}
+        if data.get("tie_word_embeddings") and not _is_tied(model):
+            data["tie_word_embeddings"] = False  # the head was quantized, the embedding was not
     write_json(directory / "config.json", {**data, "quantization_config": config.to_dict()})
     generation: Any = getattr(model, "generation_config", None)
     if hasattr(generation, "to_json_file"):
         generation.to_json_file(directory / "generation_config.json")
 
 
-def _load_into(
-    model: nn.Module, path: Path, config: CheckpointConfig, device: torch.device, dtype: torch.dtype | None
-) -> nn.Module:
-    """Load all tensors into a skeleton; every tensor of both sides must find its partner."""
-    expected = model.state_dict(keep_vars=True)
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in config.layers}
-    part_of = {name + suffix: (name, part) for name in config.layers for part, suffix in PARTS.items()}
-    plain: dict[str, Tensor] = {}
-    for shard in shard_digests(path):
-        with open_shard(path / shard) as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key in part_of:
-                    name, part = part_of[key]
-                    parts[name][part] = file.get_tensor(key).to(device)
-                else:
-                    tensor = file.get_tensor(key)
-                    plain[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-    loaded: dict[str, Tensor] = dict(plain)
-    for name in config.layers:
-        as_seen = dtype or (expected[name].dtype if name in expected else torch.float32)
-        loaded[name] = nn.Parameter(
-            tensor_from_parts(name, parts[name], config, as_seen), requires_grad=False
-        )
-    _check_fit(path, expected, loaded)
-    by_id = {id(expected[name]): name for name in loaded}
-    for name, tensor in expected.items():  # one Parameter object for tied names
-        first = by_id[id(tensor)]
-        if isinstance(tensor, nn.Parameter) and not isinstance(loaded[first], nn.Parameter):
-            loaded[first] = nn.Parameter(loaded[first], requires_grad=tensor.requires_grad)
-        loaded[name] = loaded[first]
-    model.load_state_dict(loaded, strict=False, assign=True)
-    return model
-
-
-def _check_fit(path: Path, expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """Raise unless the checkpoint holds exactly the model's tensors (tied ones at least once)."""
-    loaded_ids = {id(expected[name]) for name in loaded if name in expected}
-    missing = [
-        name for name, tensor in expected.items() if name not in loaded and id(tensor) not in loaded_ids
-    ]
-    unexpected = [name for name in loaded if name not in expected]
-    if missing or unexpected:
-        raise ValueError(
-            f"{path}: does not fit the model: missing {missing[:3]} ({len(missing)} in all), unknown {unexpected[:3]} "
-            f"({len(unexpected)} in all); pass the module that was saved"
-        )
-    for name, tensor in loaded.items():
-        if tuple(tensor.shape) != tuple(expected[name].shape):
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)} in the checkpoint and "
-                f"{tuple(expected[name].shape)} in the model; pass the module that was saved"
-            )
+def _is_tied(model: Any) -> bool:
+    """Whether a transformers model's output head still is its embedding."""
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight

@@ -40,6 +40,24 @@ _OWN_FILES = {"config.json", INDEX_NAME, "README.md", "pytorch_model.bin.index.j
 _COPIED_DIRECTORIES = ("additional_chat_templates",)
 
 
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or a text such as "5GB" (decimal units) or "512MiB" (binary units).
+
+    Raises:
+        ValueError: not a positive size.
+    """
+    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    text = str(size).strip().upper()
+    digits = text.rstrip("KMGIB")
+    try:
+        value = int(float(digits) * units[text[len(digits) :].strip() or "B"])
+    except (KeyError, ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise ValueError(f"{size!r} is not a size; write for example 5GB or 512MiB")
+    return value
+
+
 def check_target(directory: Path, overwrite: bool, num_bytes: int) -> None:
     """Find out before the work starts whether a checkpoint can be written.
 
@@ -60,6 +78,8 @@ def check_target(directory: Path, overwrite: bool, num_bytes: int) -> None:
             "(on the command line --overwrite)"
         )
     parent = next(path for path in directory.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{parent} is a file, so {directory} cannot be made in it; choose another directory")
     if not os.access(parent, os.W_OK):
         raise PermissionError(
             errno.EACCES, f"no permission to write; choose another place than {directory}", str(parent)
@@ -78,20 +98,32 @@ def completed_directory(target: Path, overwrite: bool, num_bytes: int) -> Iterat
         ValueError, OSError: as :func:`check_target`.
     """
     check_target(target, overwrite, num_bytes)
+    target = target.resolve()  # a link stays a link
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         if target.is_dir() and any(target.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old)
-            os.replace(temporary, target)
-            shutil.rmtree(old)
+            _swap(temporary, target)
         else:
             os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put a directory in the place of another, which stays there if that fails and is removed otherwise."""
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
+        os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except BaseException:
+            os.replace(old, target)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -128,9 +160,9 @@ def write_shards(
     for name, specs in shards.items():
         parts = {spec.name: tensors[spec.name].detach().cpu().contiguous() for spec in specs}
         try:
-            save_file(parts, directory / name, METADATA)
+            save_file(_without_shared_memory(parts), directory / name, METADATA)
         except SafetensorError as error:
-            raise OSError(f"{directory / name}: {error}") from error
+            raise OSError(f"{directory / name}: {error}; make room, or choose another disk") from error
         size = (directory / name).stat().st_size
         if size != file_bytes(specs):
             raise RuntimeError(
@@ -139,6 +171,17 @@ def write_shards(
             )
         digests[name] = sha256_of(directory / name)
     return digests
+
+
+def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the tensors that look into the memory of another one: safetensors refuses these."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return result
 
 
 def write_index(
@@ -194,6 +237,7 @@ def shard_digests(directory: Path) -> dict[str, str]:
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index_path}: {name!r} is not the name of a safetensors file beside it")
+    for name in names:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name}: a file of the checkpoint is missing; get it again")
     return names

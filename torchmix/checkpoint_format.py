@@ -17,7 +17,7 @@ with a shape error instead of loading something else.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,6 +29,7 @@ from torchmix.accounting import check_group_size
 from torchmix.allocation import BitPlan
 from torchmix.packing import packed_sizes
 from torchmix.tensor import MixedPrecisionTensor
+from torchmix.tensor.mixed_precision_tensor import WEIGHT_DTYPES
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "torchmix"
@@ -37,21 +38,28 @@ PARTS = {"qdata": "", "scale": "_scale", "zero_point": "_zero_point", "row_bits"
 METADATA = {"format": "pt"}
 
 # safetensors orders tensors by dtype, the last of this list first, then by name
-_SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
+SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.int16: "I16",
+    torch.uint16: "U16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.float32: "F32",
+    torch.complex64: "C64",
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.uint64: "U64",
 }
-_DTYPE_ORDER = {dtype: rank for rank, dtype in enumerate(_SAFETENSORS_DTYPES)}
+_DTYPE_ORDER = {dtype: rank for rank, dtype in enumerate(SAFETENSORS_DTYPES)}
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,26 @@ class LayerFormat:
 
     shape: tuple[int, ...]
     transposed: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"shape": list(self.shape), **({"transposed": True} if self.transposed else {})}
+
+    @classmethod
+    def from_dict(cls, where: str, data: Mapping[str, Any]) -> LayerFormat:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a value that describes no weight; names it.
+        """
+        shape, transposed = data["shape"], data.get("transposed", False)
+        sizes = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+        if not sizes or len(shape) not in (2, 3) or not isinstance(transposed, bool):
+            raise ValueError(
+                f"{where}: shape={shape!r}, transposed={transposed!r} describe no weight, which has two or three "
+                "positive sizes and transposed=true or false; get the checkpoint again"
+            )
+        return cls(tuple(shape), transposed)
 
     @property
     def rows(self) -> tuple[int, tuple[int, ...]]:
@@ -97,9 +125,6 @@ class CheckpointConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; :meth:`from_dict` reads them back."""
-        layers = {}
-        for name, layer in self.layers.items():
-            layers[name] = {"shape": list(layer.shape), **({"transposed": True} if layer.transposed else {})}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
@@ -115,7 +140,7 @@ class CheckpointConfig:
             "coverage": self.coverage,
             "row_multiple": self.row_multiple,
             "tensor_parallel": self.tensor_parallel,
-            "layers": layers,
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
             "excluded": [{"name": name, "reason": reason} for name, reason in self.excluded],
         }
 
@@ -133,7 +158,7 @@ class CheckpointConfig:
                 group_size=data["group_size"],
                 per_token=group == "token",
                 layers={
-                    name: LayerFormat(tuple(map(int, layer["shape"])), bool(layer.get("transposed", False)))
+                    name: LayerFormat.from_dict(f"{where}: {name}", layer)
                     for name, layer in data["layers"].items()
                 },
                 excluded=tuple((entry["name"], entry["reason"]) for entry in data["excluded"]),
@@ -222,6 +247,7 @@ def tensor_from_parts(
         dtype: dtype that the model sees.
 
     Raises:
+        TypeError: the model's dtype is none that quantized weights can have.
         ValueError: a part is missing, or has another dtype or shape than the others need.
     """
     missing = [part for part in PARTS if part not in parts]
@@ -229,13 +255,17 @@ def tensor_from_parts(
         raise ValueError(
             f"{name}: the checkpoint lacks {missing or 'its description'}; it is incomplete, get it again"
         )
+    if dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"{name}: dtype {dtype} is not one that quantized weights can have, {WEIGHT_DTYPES}")
+    layer = config.layers[name]
+    dims = {"qdata": 1, "scale": len(layer.shape), "zero_point": 1, "row_bits": len(layer.shape) - 1}
     for part, tensor in parts.items():
         wanted = torch.bfloat16 if part == "scale" else torch.uint8
-        if tensor.dtype != wanted:
+        if tensor.dtype != wanted or tensor.dim() != dims[part]:
             raise ValueError(
-                f"{name}{PARTS[part]}: dtype {tensor.dtype} instead of {wanted}; the file is damaged"
+                f"{name}{PARTS[part]}: {tensor.dtype} with {tensor.dim()} dimensions instead of {wanted} with "
+                f"{dims[part]}; the file is damaged, get the checkpoint again"
             )
-    layer = config.layers[name]
     weight = MixedPrecisionTensor(
         parts["qdata"],
         parts["scale"],
@@ -254,27 +284,52 @@ def tensor_from_parts(
 def model_specs(model: nn.Module, plan: BitPlan | None = None) -> list[TensorSpec]:
     """What a checkpoint of this model stores, in the order of its state dict; tied tensors once.
 
+    A weight that the plan quantizes is no longer tied to an embedding.
+
     Args:
         model: quantized, or still to be quantized by ``plan``; may be on the meta device.
         plan: row widths of the parameters that are not quantized yet.
+
+    Raises:
+        ValueError: the plan has a layer that the model has not, or state that cannot be stored.
     """
+    planned = plan.layers if plan is not None else {}
+    tensors = dict(stored_tensors(model, planned))
+    for name, layer in planned.items():
+        if name not in tensors or tuple(tensors[name].shape) != tuple(layer.shape):
+            raise ValueError(
+                f"{name} of shape {tuple(layer.shape)} is in the plan but not in {type(model).__name__}; the plan was "
+                "made for another model"
+            )
     specs: list[TensorSpec] = []
-    for name, tensor in stored_tensors(model):
+    for name, tensor in tensors.items():
         if isinstance(tensor, MixedPrecisionTensor):
             specs += quantized_specs(name, tensor.row_bits, tensor.in_features, tensor.group_size)
-        elif plan is not None and name in plan.layers:
-            layer = plan.layers[name]
-            specs += quantized_specs(name, layer.row_bits, layer.in_features, plan.group_size)
+        elif plan is not None and name in planned:
+            specs += quantized_specs(name, planned[name].row_bits, planned[name].in_features, plan.group_size)
         else:
             specs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
     return specs
 
 
-def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the state dict; a tensor that is tied to an earlier one is left out."""
+def stored_tensors(model: nn.Module, untied: Container[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the state dict; a tensor that is tied to an earlier one is left out.
+
+    Args:
+        model: any module.
+        untied: names that are not left out.
+
+    Raises:
+        ValueError: a module keeps state that is not a tensor.
+    """
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name}: a {type(tensor).__name__} cannot be stored, only tensors can; let the module's "
+                "get_extra_state return a tensor"
+            )
+        if id(tensor) not in seen or name in untied:
             seen.add(id(tensor))
             yield name, tensor
 
@@ -307,34 +362,26 @@ def file_bytes(specs: Iterable[TensorSpec]) -> int:
 
     The header is compact JSON, ordered by dtype and name, padded with spaces to a multiple of 8, behind 8 bytes that
     give its length (safetensors format, version 0.x of the library).
+
+    Raises:
+        ValueError: a dtype that the format does not have.
     """
+    specs = list(specs)
+    for spec in specs:
+        if spec.dtype not in _DTYPE_ORDER:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPE_ORDER)
+            raise ValueError(
+                f"{spec.name}: safetensors files cannot hold {spec.dtype}, only {known}; convert it first"
+            )
     header: dict[str, Any] = {"__metadata__": METADATA}
     offset = 0
     for spec in sorted(specs, key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name)):
         end = offset + spec.num_bytes
         header[spec.name] = {
-            "dtype": _SAFETENSORS_DTYPES[spec.dtype],
+            "dtype": SAFETENSORS_DTYPES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [offset, end],
         }
         offset = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + offset
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes from a number or a text such as "5GB" (decimal units) or "512MiB" (binary units).
-
-    Raises:
-        ValueError: not a positive size.
-    """
-    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    text = str(size).strip().upper()
-    digits = text.rstrip("KMGIB")
-    try:
-        value = int(float(digits) * units[text[len(digits) :].strip() or "B"])
-    except (KeyError, ValueError):
-        value = 0
-    if value < 1:
-        raise ValueError(f"{size!r} is not a size; write for example 5GB or 512MiB")
-    return value

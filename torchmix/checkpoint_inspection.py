@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from torchmix.accounting import stored_bits
+from torchmix.accounting import MAX_BITS, MIN_BITS, stored_bits
 from torchmix.checkpoint_files import open_shard, read_json, shard_digests, verify_shards
-from torchmix.checkpoint_format import PARTS, CheckpointConfig, quantized_specs
+from torchmix.checkpoint_format import PARTS, SAFETENSORS_DTYPES, CheckpointConfig, quantized_specs
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class CheckpointInfo:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per quantized weight, all metadata counted."""
-        return self.config.bits_per_weight
+        """Stored bits per quantized weight, all metadata counted: what is in the files, not what config.json says."""
+        sizes = [torch.Size(layer.shape).numel() for layer in self.layers]
+        stored = (layer.bits_per_weight * size for layer, size in zip(self.layers, sizes, strict=True))
+        return sum(stored) / sum(sizes)
 
     @property
     def coverage(self) -> float:
@@ -103,7 +106,7 @@ def read_config(directory: Path) -> CheckpointConfig:
 
 
 def inspect_checkpoint(directory: str | os.PathLike[str], *, verify: bool = False) -> CheckpointInfo:
-    """Read what is in a checkpoint, without its codes.
+    """Read what is in a checkpoint and check it, without its codes.
 
     Args:
         directory: the checkpoint.
@@ -117,52 +120,51 @@ def inspect_checkpoint(directory: str | os.PathLike[str], *, verify: bool = Fals
     digests = shard_digests(path)
     if verify:
         verify_shards(path)
-    found: dict[str, dict[str, Any]] = {name: {} for name in config.layers}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    row_bits: dict[str, Tensor] = {}
+    names = {name + suffix for name in config.layers for suffix in PARTS.values()}
     for shard in digests:
         with open_shard(path / shard) as file:
-            _read_layers(file, config, found)
-    layers = tuple(_layer_info(path, name, config, parts) for name, parts in found.items())
+            for key in names.intersection(file.keys()):
+                if key.endswith(PARTS["row_bits"]) and key.removesuffix(PARTS["row_bits"]) in config.layers:
+                    row_bits[key] = file.get_tensor(key)
+                part = file.get_slice(key)
+                found[key] = (part.get_dtype(), tuple(part.get_shape()))
+    layers = tuple(_layer_info(path, name, config, found, row_bits) for name in config.layers)
     shards = {name: ((path / name).stat().st_size, digest) for name, digest in digests.items()}
     return CheckpointInfo(path, config, layers, shards)
 
 
-def _read_layers(file: Any, config: CheckpointConfig, found: dict[str, dict[str, Any]]) -> None:
-    """Collect row widths, and the shapes of the other parts, from one open file."""
-    stored = set(file.keys())
-    for name in config.layers:
-        for part, suffix in PARTS.items():
-            if name + suffix in stored:
-                key = name + suffix
-                is_widths = part == "row_bits"
-                found[name][part] = (
-                    file.get_tensor(key) if is_widths else tuple(file.get_slice(key).get_shape())
-                )
-
-
-def _layer_info(path: Path, name: str, config: CheckpointConfig, parts: Mapping[str, Any]) -> LayerInfo:
+def _layer_info(
+    path: Path,
+    name: str,
+    config: CheckpointConfig,
+    found: Mapping[str, tuple[str, tuple[int, ...]]],
+    row_bits: Mapping[str, Tensor],
+) -> LayerInfo:
     """Check the parts of one layer against its description, and count its rows."""
     layer = config.layers[name]
-    missing = [name + suffix for part, suffix in PARTS.items() if part not in parts]
-    if missing:
-        raise ValueError(f"{path}: {missing[0]} is missing in the files; get the checkpoint again")
     in_features, rows = layer.rows
-    row_bits = parts["row_bits"]
-    if (
-        tuple(row_bits.shape) == rows
-        and row_bits.dtype == torch.uint8
-        and bool(((row_bits > 1) & (row_bits < 9)).all())
-    ):
-        specs = quantized_specs(name, row_bits, in_features, config.group_size)
-        wanted = {part: spec.shape for part, spec in zip(PARTS, specs, strict=True)}
-        wrong = [part for part in ("qdata", "scale", "zero_point") if tuple(parts[part]) != wanted[part]]
-    else:
-        wrong, wanted = ["row_bits"], {"row_bits": rows}
-    if wrong:
-        shape = tuple(getattr(parts[wrong[0]], "shape", parts[wrong[0]]))
+    widths = row_bits.get(name + PARTS["row_bits"], torch.empty(0))
+    if widths.dtype != torch.uint8 or tuple(widths.shape) != rows:
+        widths = torch.full(
+            rows, MAX_BITS, dtype=torch.uint8
+        )  # the message below is about them, not their values
+    if bool(((widths < MIN_BITS) | (widths > MAX_BITS)).any()):
         raise ValueError(
-            f"{path}: {name + PARTS[wrong[0]]} has shape {shape} where {wanted[wrong[0]]} with widths of 2 to 8 is "
-            "needed; the files are damaged, get the checkpoint again"
+            f"{path}: {name + PARTS['row_bits']} holds widths {torch.unique(widths).tolist()} where {MIN_BITS} to "
+            f"{MAX_BITS} are possible; the files are damaged, get the checkpoint again"
         )
-    counts = torch.bincount(row_bits.flatten().long()).tolist()
-    bits = stored_bits(row_bits, in_features, config.group_size) / torch.Size(layer.shape).numel()
+    specs = quantized_specs(name, widths, in_features, config.group_size)
+    for spec in reversed(specs):  # row widths first: the other shapes follow from them
+        if spec.name not in found:
+            raise ValueError(f"{path}: {spec.name} is missing in the files; get the checkpoint again")
+        if found[spec.name] != (SAFETENSORS_DTYPES[spec.dtype], spec.shape):
+            dtype, shape = found[spec.name]
+            raise ValueError(
+                f"{path}: {spec.name} is {dtype} of shape {shape}, but its layer of shape {layer.shape} needs "
+                f"{SAFETENSORS_DTYPES[spec.dtype]} of shape {spec.shape}; it is damaged, get the checkpoint again"
+            )
+    counts = torch.bincount(widths.flatten().long()).tolist()
+    bits = stored_bits(widths, in_features, config.group_size) / torch.Size(layer.shape).numel()
     return LayerInfo(name, layer.shape, {b: count for b, count in enumerate(counts) if count}, bits)

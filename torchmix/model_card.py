@@ -5,14 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_TRANSFORMERS = """```python
+import torchmix  # registers the format with transformers
+from transformers import AutoModelForCausalLM
 
-def model_card(info: Mapping[str, Any], name: str, facts: Mapping[str, str] | None = None) -> str:
+model = AutoModelForCausalLM.from_pretrained("{name}")
+```
+
+Without `import torchmix` loading stops with an error."""
+_MODULE = """```python
+import torchmix
+
+model = torchmix.load_pretrained("{name}", model=skeleton)  # skeleton: the module before quantization
+```"""
+
+
+def model_card(
+    info: Mapping[str, Any],
+    name: str,
+    facts: Mapping[str, str] | None = None,
+    *,
+    transformers: bool = True,
+) -> str:
     """Markdown text for README.md.
 
     Args:
         info: ``CheckpointInfo.to_dict()``.
         name: title, usually the directory's name.
         facts: further lines such as "KL divergence" or "calibration data" -> value.
+        transformers: whether transformers can load it; other modules need a skeleton.
     """
     rows: dict[str, int] = {}
     for layer in info["layers"]:
@@ -51,14 +72,7 @@ Quantized with torchmix: every row (output feature) of a linear weight has its o
 
 ## Load
 
-```python
-import torchmix  # registers the format with transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-```
-
-Without `import torchmix` loading stops with an error.
+{(_TRANSFORMERS if transformers else _MODULE).format(name=name)}
 
 ## Weights that are not quantized
 
