@@ -184,6 +184,14 @@ def test_inside_no_grad() -> None:
     assert same(calibration, run())
 
 
+def test_the_model_is_moved_to_the_device(device: torch.device) -> None:
+    model = TinyLM()
+    calibration = run(model, device=device)
+    assert {parameter.device.type for parameter in model.parameters()} == {device.type}
+    assert all(h.device.type == "cpu" for h in calibration.hessians.values())
+    assert all(layer.scores["fisher_token"].device.type == "cpu" for layer in calibration.layers.values())
+
+
 def test_progress() -> None:
     seen: list[tuple[int, int]] = []
     run(progress=lambda done, total: seen.append((done, total)))
@@ -283,7 +291,17 @@ def test_any_module_through_its_loss() -> None:
     def loss_fn(module: nn.Module, batch: Tensor) -> Tensor:
         return module(batch).square().sum()
 
-    calibration = calibrate(model, batches, loss_fn=loss_fn, num_samples=3, widths=(3,), include=["*"])
+    seen: list[tuple[int, int]] = []
+    calibration = calibrate(
+        model,
+        iter(batches),
+        loss_fn=loss_fn,
+        num_samples=3,
+        widths=(3,),
+        include=["*"],
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
     x = torch.cat(batches[:3])
     y = model(x)
     error = model[1](model[0](x)).detach() @ rounding_error(model[2].weight.detach(), 3, 128).T

@@ -75,10 +75,7 @@ def calibrate(
         ValueError, TypeError: unusable options, data, patterns or weights; NaN or Inf names the first layer.
     """
     metrics = _check_options(salience, widths, group_size, data)
-    if device is not None:
-        model.to(device)
-    selection = select_parameters(model, include, exclude)
-    _check_materialized(selection)
+    selection = _select(model, include, exclude, device)
     widths = tuple(sorted(set(widths)))
     if data is None:
         return _calibrate_without_data(model, selection, widths, group_size)
@@ -128,12 +125,19 @@ def _check_options(
     return metrics
 
 
-def _check_materialized(selection: Selection) -> None:
+def _select(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], device: torch.device | str | None
+) -> Selection:
+    """Move the model, choose its weights, and check that they have values."""
+    if device is not None:
+        model.to(device)
+    selection = select_parameters(model, include, exclude)
     for target in selection.targets:
         if target.weight.device.type == "meta":
             raise ValueError(
                 f"{target.name} is on the meta device and has no values to quantize; load the model's weights first"
             )
+    return selection
 
 
 def _token_sample(
