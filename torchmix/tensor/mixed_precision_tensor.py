@@ -178,7 +178,7 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
             check_bits(row_bits)
             bits = torch.full(rows.shape[:-1], row_bits, dtype=torch.uint8, device=weight.device)
         else:
-            bits = row_bits
+            bits = row_bits.to(weight.device)
         _check_weight(rows.shape, bits, group_size, weight.dtype)
         flat, flat_bits = rows.reshape(-1, rows.shape[-1]), bits.flatten()
         scale, zero_point = choose_qparams(flat, flat_bits, group_size)
