@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -19,6 +20,7 @@ from torchmix.checkpoint_format import (
     tensor_from_parts,
 )
 from torchmix.tensor import MixedPrecisionTensor
+from torchmix.tensor.mixed_precision_tensor import WEIGHT_DTYPES
 from torchmix.tensor.module_repr import show_quantized_weights
 
 
@@ -77,6 +79,27 @@ class TorchmixHfQuantizer(HfQuantizer):
         """``generate`` may compile the model."""
         return True
 
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Refuse a dtype that quantized weights cannot have, before anything is loaded."""
+        if dtype is not None and dtype not in WEIGHT_DTYPES:
+            raise TypeError(
+                f"dtype={dtype} is not one that quantized weights can have, choose one of {WEIGHT_DTYPES}"
+            )
+        return dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Refuse what cannot work, before anything is loaded."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map puts weights on disk, which torchmix does not support; use devices and 'cpu' only"
+            )
+        return device_map
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per weight, for ``device_map="auto"``: a quantized weight takes what is stored of it."""
+        checkpoint: CheckpointConfig = self.quantization_config.checkpoint
+        return checkpoint.bits_per_weight / 8 if param_name in checkpoint.layers else param.element_size()
+
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         """Checkpoints hold the model's own names, so the renamings for original checkpoints are left out."""
         return self.get_weight_conversions()
@@ -111,8 +134,8 @@ class TorchmixHfQuantizer(HfQuantizer):
         for name in self.quantization_config.checkpoint.layers:
             if not isinstance(model.get_parameter(name), MixedPrecisionTensor):
                 raise ValueError(
-                    f"{name}: the files do not hold this quantized weight, it would run with random values "
-                    "(or it was moved to disk, which torchmix does not support); get the checkpoint again"
+                    f"{name}: the files do not hold this quantized weight, it would run with random values; get the "
+                    "checkpoint again"
                 )
             show_quantized_weights(model.get_submodule(name.rpartition(".")[0]))
         model._weight_conversions = []  # saving keeps the names, too
