@@ -27,6 +27,10 @@ class PackedWeight:
     row_bits: Tensor
     group_size: int
 
+    def inner_on(self, device: torch.device) -> list[Tensor]:
+        """:attr:`inner`, packed on the CPU, moved to a device."""
+        return [part.to(device) for part in self.inner]
+
     @property
     def inner(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """qdata, scale, zero_point, row_bits: what the ops take."""

@@ -39,10 +39,10 @@ def per_weight(values: Tensor, in_features: int, group_size: int) -> Tensor:
     return values.repeat_interleave(group_size, 1)[:, :in_features]
 
 
-@pytest.mark.parametrize("rows", [1, 7, 100])  # vector and scalar code paths of exp2
-def test_code_limits_are_exact(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_code_limits_are_exact(rows: int, device: torch.device) -> None:
     for bits in WIDTHS:
-        smallest, largest = code_limits(torch.full((rows,), bits, dtype=torch.uint8))
+        smallest, largest = code_limits(torch.full((rows,), bits, dtype=torch.uint8, device=device))
         assert set(largest.tolist()) == {127.0 if bits == 8 else 2.0**bits - 1}
         assert set(smallest.tolist()) == {-127.0 if bits == 8 else 0.0}
 
@@ -151,6 +151,14 @@ def test_extreme_ranges(magnitude: float, signs: str) -> None:
     extent = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)  # at 8 bits the step is smaller
     step = per_weight(extent, 20, 8) / largest * (1 + 2.0**-8)
     assert bool(((weight - dense).abs() <= step * (HALF_STEP + largest * 2.0**-8)).all())
+
+
+def test_every_device_gives_the_same_codes(device: torch.device) -> None:
+    bits, weight = row_bits(70), torch.randn(70, 300)
+    for here, there in zip(
+        rounded(weight, bits, 128), rounded(weight.to(device), bits.to(device), 128), strict=True
+    ):
+        assert torch.equal(here, there.cpu())
 
 
 def test_groups_do_not_see_one_another() -> None:

@@ -25,7 +25,7 @@ MIN_RANGE = 2.0**-100
 def code_limits(row_bits: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest code of each row: two float32 tensors of the shape of ``row_bits``."""
     symmetric = row_bits == 8
-    largest = torch.where(symmetric, float(SYMMETRIC_MAX), torch.exp2(row_bits.float()) - 1)
+    largest = torch.where(symmetric, float(SYMMETRIC_MAX), ((1 << row_bits.int()) - 1).float())
     return torch.where(symmetric, -float(SYMMETRIC_MAX), 0.0), largest
 
 

@@ -13,12 +13,12 @@ from torchmix.packing import pack_rows, pack_zero_points
 
 @pytest.mark.parametrize("in_features", ORDINARY_IN_FEATURES)
 @pytest.mark.parametrize("out_features", [1, 17])
-def test_float32_is_exact(out_features: int, in_features: int) -> None:
+def test_float32_is_exact(out_features: int, in_features: int, device: torch.device) -> None:
     """scale has 8 significant bits and code - zero_point at most 8: their product fits float32."""
     weight = packed_weight(out_features, in_features)
-    dense = dequantize_rows(*weight.inner, in_features, 128, torch.float32)
+    dense = dequantize_rows(*weight.inner_on(device), in_features, 128, torch.float32)
     assert dense.dtype == torch.float32
-    assert torch.equal(dense.double(), weight.dense)
+    assert torch.equal(dense.cpu().double(), weight.dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

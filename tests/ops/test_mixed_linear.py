@@ -55,9 +55,10 @@ def assert_close(y: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None
 @pytest.mark.parametrize("in_features", ORDINARY_IN_FEATURES)
 @pytest.mark.parametrize("tokens", BATCHES)
 @pytest.mark.parametrize("per_token", [False, True])
-def test_against_the_oracle(tokens: int, in_features: int, per_token: bool) -> None:
+def test_against_the_oracle(tokens: int, in_features: int, per_token: bool, device: torch.device) -> None:
     weight, bias, x = packed_weight(23, in_features), torch.randn(23), torch.randn(tokens, in_features)
-    assert_close(mixed_linear(x, *weight.inner, bias, 128, per_token), x, weight, bias, per_token)
+    y = mixed_linear(x.to(device), *weight.inner_on(device), bias.to(device), 128, per_token)
+    assert_close(y.cpu(), x, weight, bias, per_token)
 
 
 @given(
@@ -84,28 +85,29 @@ def test_any_shape(
 
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("group_size", [8, 128, 512])
-def test_integer_sums_are_exact(group_size: int, precision: str) -> None:
+def test_integer_sums_are_exact(group_size: int, precision: str, device: torch.device) -> None:
     """With scales of one, and one group at a time, the float32 result is the integer itself: for random codes
     and for the largest possible ones, also where PyTorch may multiply in bfloat16 (codes fit its 8 bits)."""
-    weight = packed_weight(30, 1024, group_size)
+    weight = packed_weight(30, 512, group_size)
     weight.codes[0], weight.codes[1] = 127, -127
     weight.row_bits[:2], weight.zero_points[:2] = 8, 0
     weight.scale.fill_(1.0)
-    codes = torch.randint(-127, 128, (9, 1024)).to(torch.int8)
+    codes = torch.randint(-127, 128, (9, 512)).to(torch.int8)
     codes[0], codes[1] = 127, -127
-    groups = 1024 // group_size
+    groups = 512 // group_size
     sums = codes.view(9, groups, group_size).sum(-1, dtype=torch.int32)
+    inner, quantized = weight.inner_on(device), (codes.to(device), sums.to(device))
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
         for g in range(groups):
-            activation_scale = torch.zeros(9, groups)
-            activation_scale[:, g] = 1.0
+            one_group = torch.zeros(9, groups, device=device)
+            one_group[:, g] = 1.0
             y = mixed_linear_quantized(
-                codes, activation_scale, sums, *weight.inner, None, group_size, torch.float32
+                quantized[0], one_group, quantized[1], *inner, None, group_size, torch.float32
             )
             part = slice(g * group_size, (g + 1) * group_size)
-            assert torch.equal(y.long(), codes[:, part].long() @ weight.centered[:, part].T)
+            assert torch.equal(y.cpu().long(), codes[:, part].long() @ weight.centered[:, part].T)
     finally:
         torch.set_float32_matmul_precision(before)
 
