@@ -83,6 +83,8 @@ class Calibration:
         tokens: calibration tokens whose loss was differentiated; 0 without data.
         source: where the calibration tokens came from.
         data_sha256: hash of the calibration tokens, "" without data.
+        samples: int64 (S, L), the calibration tokens themselves, which sequential rounding runs on; None for data
+            that went through a loss function.
         model: weak reference to the model that was measured; None for a calibration read from a file.
     """
 
@@ -94,6 +96,7 @@ class Calibration:
     tokens: int = 0
     source: str = "no data"
     data_sha256: str = ""
+    samples: Tensor | None = field(default=None, repr=False)
     model: Callable[[], nn.Module | None] | None = field(default=None, repr=False)
 
     @property
@@ -275,6 +278,8 @@ class Calibration:
         for name, layer in self.layers.items():
             for metric, scores in layer.scores.items():
                 tensors[f"score/{metric}/{name}"] = scores.contiguous()
+        if self.samples is not None:
+            tensors["samples"] = self.samples.contiguous()
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -362,6 +367,7 @@ def _from_parts(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibrati
         header["tokens"],
         header["source"],
         header["data_sha256"],
+        tensors.get("samples"),
     )
 
 

@@ -9,11 +9,10 @@ quantized when the first module comes by, through the model that ``calibrate`` s
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,38 +24,21 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchmix.accounting import budget_in_bits, check_group_size, width_costs
 from torchmix.allocation import AllocationProblem, BitPlan, LayerChoices, LayerPlan, allocate
 from torchmix.calibration import Calibration
-from torchmix.evaluation import sqnr_db
-from torchmix.rounding import ROUNDING_METHODS, RoundedWeight, round_weight
+from torchmix.capture import NotReplayableError
+from torchmix.layer_quantization import LayerRecord, quantize_target
+from torchmix.rounding import DEFAULT_REFIT, ROUNDING_METHODS, RoundedWeight
 from torchmix.scoring import data_free_scores
 from torchmix.selection import MIN_IN_FEATURES, Target, check_target, select_parameters, weight_fingerprint
+from torchmix.sequential import SequentialRounding, round_sequentially
 from torchmix.tensor import MixedPrecisionTensor
 from torchmix.tensor.module_repr import show_quantized_weights
 
 logger = logging.getLogger(__name__)
 DATA_FREE_WIDTHS = (3, 4, 5, 6, 8)
 DATA_FREE_BITS = 4.5
+SEQUENTIAL = "sequential"
+ROUNDING_NAMES = (*ROUNDING_METHODS, SEQUENTIAL)
 Granularity = Literal["group", "token"]
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What became of one layer.
-
-    Attributes:
-        name: parameter name, or the module's description where no name is known.
-        bits_per_weight: stored bits per weight, all metadata counted.
-        sqnr_db: signal to quantization noise ratio of the weight in dB.
-        method: rounding that was used ("gptq", "clip", "rtn").
-        notes: what went differently than asked for, e.g. a fallback; empty when nothing did.
-        seconds: time the rounding took.
-    """
-
-    name: str
-    bits_per_weight: float
-    sqnr_db: float
-    method: str
-    notes: tuple[str, ...]
-    seconds: float
 
 
 @dataclass
@@ -68,10 +50,13 @@ class MixLLMConfig(AOBaseConfig):
     Args:
         `plan`: row widths of every layer; None ranks the rows of each layer by their own rounding error.
         `calibration`: Hessians for GPTQ; None rounds without data.
-        `rounding`: "gptq", "clip", "rtn"; None takes "gptq" where there are Hessians, else "clip".
+        `rounding`: "rtn", "clip" (clip search), "gptq", or "sequential": GPTQ layer after layer on inputs from the
+            layers quantized before, with refit, which is better and takes some passes over the model. None takes
+            "gptq" where there are Hessians, else "clip".
         `group_size`: inputs per scale, used without a plan.
         `activation_group`: "group" for one activation scale per token and group, "token" for one per token.
         `bits`: budget per layer in bits per weight, used without a plan.
+        `refit`: of sequential rounding, the share (0..1) of the correction for errors of earlier layers.
         `records`: filled while quantizing, one :class:`LayerRecord` per layer.
         `progress`: called as ``progress(layers_done, layers_in_all, name)``.
         `version`: of this configuration class.
@@ -83,22 +68,25 @@ class MixLLMConfig(AOBaseConfig):
     group_size: int = 128
     activation_group: Granularity = "group"
     bits: float = DATA_FREE_BITS
+    refit: float = DEFAULT_REFIT
     records: list[LayerRecord] = field(default_factory=list, repr=False)
     progress: Callable[[int, int, str], None] | None = field(default=None, repr=False)
     version: int = 1
 
     def __post_init__(self) -> None:
         torch._C._log_api_usage_once("torchmix.MixLLMConfig")
-        if self.rounding is not None and self.rounding not in ROUNDING_METHODS:
-            raise ValueError(f"rounding={self.rounding!r} is not known; choose one of {ROUNDING_METHODS}")
+        if self.rounding is not None and self.rounding not in ROUNDING_NAMES:
+            raise ValueError(f"rounding={self.rounding!r} is not known; choose one of {ROUNDING_NAMES}")
+        if not 0.0 <= self.refit <= 1.0:
+            raise ValueError(f"refit={self.refit!r} must lie in 0..1; 0.5 is the usual choice")
         if self.activation_group not in ("group", "token"):
             raise ValueError(f"activation_group={self.activation_group!r} must be 'group' or 'token'")
         check_group_size(self.group_size)
         has_hessians = self.calibration is not None and bool(self.calibration.hessians)
-        if self.rounding == "gptq" and not has_hessians:
+        if self.rounding in ("gptq", SEQUENTIAL) and not has_hessians:
             raise ValueError(
-                "rounding='gptq' needs a calibration with Hessians; pass calibration=calibrate(model, data), or "
-                "choose rounding='clip'"
+                f"rounding={self.rounding!r} needs a calibration with Hessians; pass calibration=calibrate(model, "
+                "data), or choose rounding='clip'"
             )
         if self.calibration is not None and self.plan is None:
             raise ValueError("a calibration without a plan: pass plan=calibration.plan(bits=4.5) as well")
@@ -114,6 +102,7 @@ class MixLLMConfig(AOBaseConfig):
         self._pending: list[Target] = []
         self._names: dict[int, tuple[Any, str]] = {}  # id of a parameter -> weak reference and name
         self._warned = False
+        self._rounded: dict[str, RoundedWeight] = {}  # what sequential rounding has made ready
 
 
 def mixllm_config(
@@ -125,6 +114,7 @@ def mixllm_config(
     group_size: int = 128,
     activation_group: Granularity = "group",
     bits: float = DATA_FREE_BITS,
+    refit: float = DEFAULT_REFIT,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> MixLLMConfig:
     """Configuration for ``quantize_(model, mixllm_config(plan, calibration))``.
@@ -133,7 +123,7 @@ def mixllm_config(
     budget holds for each layer, and rounding is a clip search; one warning says what was done without.
 
     Args:
-        plan, calibration, rounding, group_size, activation_group, bits, progress: see :class:`MixLLMConfig`.
+        plan, calibration, rounding, group_size, activation_group, bits, refit, progress: see :class:`MixLLMConfig`.
         model: the model that will be quantized; needed when the plan holds experts or ``Conv1D`` weights and was
             not made by a calibration of this very model, or when layers of equal weights are treated differently.
 
@@ -141,11 +131,16 @@ def mixllm_config(
         ValueError: for settings that contradict each other, a calibration of another model than the plan's, or
             a plan that holds weights which ``quantize_`` does not show, without a model to find them in.
     """
-    config = MixLLMConfig(plan, calibration, rounding, group_size, activation_group, bits, progress=progress)
+    config = MixLLMConfig(
+        plan, calibration, rounding, group_size, activation_group, bits, refit, progress=progress
+    )
     hidden = [] if plan is None else [name for name, layer in plan.layers.items() if _is_hidden(layer)]
     found = model if model is not None else _model_of(calibration)
     if found is not None:
         config._names = {id(p): (weakref.ref(p), name) for name, p in found.named_parameters()}
+    if found is not None and (hidden or rounding == SEQUENTIAL):
+        config._model = weakref.ref(found)
+        config._modules = frozenset(id(module) for module in found.modules())
     if hidden:
         if found is None:
             raise ValueError(
@@ -154,9 +149,11 @@ def mixllm_config(
             )
         selection = select_parameters(found, include=list(plan.layers) if plan is not None else ())
         config._pending = [target for target in selection.targets if target.name in set(hidden)]
-        config._model = weakref.ref(found)
-        config._modules = frozenset(id(module) for module in found.modules())
     return config
+
+
+def _planned(config: MixLLMConfig) -> list[LayerPlan]:
+    return list(config.plan.layers.values()) if config.plan is not None else []
 
 
 def _is_hidden(layer: LayerPlan) -> bool:
@@ -181,6 +178,7 @@ def _check_same_model(plan: BitPlan, calibration: Calibration) -> None:
 @register_quantize_module_handler(MixLLMConfig)
 def _quantize_module(module: nn.Module, config: MixLLMConfig, *, parameter_name: str = "weight") -> nn.Module:
     """Handler of ``quantize_``: replaces one parameter of one module."""
+    _round_in_sequence(module, config)
     _quantize_pending(module, config)
     weight = getattr(module, parameter_name, None)
     if not isinstance(weight, nn.Parameter) or weight.dim() not in (2, 3):
@@ -206,7 +204,7 @@ def _quantize_module(module: nn.Module, config: MixLLMConfig, *, parameter_name:
 
 def _quantize_pending(module: nn.Module, config: MixLLMConfig) -> None:
     """Quantize what ``quantize_`` never shows, once, when the first module of the model comes by."""
-    if config._model is None:
+    if config._model is None or not any(_is_hidden(layer) for layer in _planned(config)):
         return
     assert config.plan is not None, "only a plan can hold weights that quantize_ does not show"
     if config._model() is None or id(module) not in config._modules:
@@ -257,38 +255,18 @@ def _find_layer(module: nn.Module, weight: Tensor, config: MixLLMConfig) -> Laye
 
 def _quantize_target(target: Target, row_bits: Tensor, config: MixLLMConfig) -> None:
     """Round one weight (all its experts) and put the quantized tensor in its place."""
-    started = time.perf_counter()
     check_target(target)
-    rows = target.rows.detach()
     group_size = config.plan.group_size if config.plan is not None else config.group_size
-    row_bits = row_bits.to(rows.device)
-    experts = [rows] if target.num_experts is None else list(rows)
-    widths = [row_bits] if target.num_experts is None else list(row_bits)
-    rounded = [
-        _round(target.name, expert, expert_weight, bits, group_size, config)
-        for expert, (expert_weight, bits) in enumerate(zip(experts, widths, strict=True))
+    method = "gptq" if config._method == SEQUENTIAL else config._method
+    hessians = [
+        None if config.calibration is None else config.calibration.hessian(target.name, e)
+        for e in range(target.num_experts or 1)
     ]
-    parts = [torch.stack([getattr(r, name) for r in rounded]) for name in ("codes", "scale", "zero_point")]
-    codes, scale, zero_point = parts if target.num_experts is not None else (part[0] for part in parts)
-    quantized = MixedPrecisionTensor.from_codes(
-        codes,
-        scale,
-        zero_point,
-        row_bits,
-        group_size,
-        target.weight.dtype,
-        per_token=config.activation_group == "token",
-        transposed=target.transposed,
+    ready = config._rounded.get(target.name)
+    quantized, record = quantize_target(
+        target, row_bits, group_size, method, hessians, config.activation_group == "token", ready
     )
-    notes = _merge_notes([r.note for r in rounded], target.num_experts is not None)
-    for note in notes:
-        logger.warning("%s: %s", target.name, note)
-    quality = sqnr_db(target.weight.detach().float(), quantized.dequantize(torch.float32))
-    method = "/".join(sorted({r.method for r in rounded}))
-    seconds = time.perf_counter() - started
-    config.records.append(
-        LayerRecord(target.name, quantized.bits_per_weight, quality, method, notes, seconds)
-    )
+    config.records.append(record)
     weight, parameter = target.weight, nn.Parameter(quantized, requires_grad=False)
     config._done[id(weight)] = (weakref.ref(weight), parameter)
     _replace(target.module, target.parameter_name, parameter)
@@ -297,29 +275,28 @@ def _quantize_target(target: Target, row_bits: Tensor, config: MixLLMConfig) -> 
         config.progress(len(config.records), total, target.name)
 
 
-def _merge_notes(notes: Sequence[str], experts: bool) -> tuple[str, ...]:
-    """Distinct notes of a layer's experts, each with the experts that it is about."""
-    about: dict[str, list[int]] = {}
-    for expert, note in enumerate(notes):
-        if note:
-            about.setdefault(note, []).append(expert)
-    if not experts:
-        return tuple(about)
-    return tuple(f"{len(which)} of {len(notes)} experts {which}: {note}" for note, which in about.items())
-
-
-def _round(
-    name: str, expert: int, weight: Tensor, row_bits: Tensor, group_size: int, config: MixLLMConfig
-) -> RoundedWeight:
-    """Round one weight with the configured method; without tokens GPTQ has no Hessian and clip search is used."""
-    hessian = None if config.calibration is None else config.calibration.hessian(name, expert)
-    if config._method == "gptq" and hessian is None:
-        note = "no calibration token reached it: rounded with clip search instead of GPTQ"
-        rounded = round_weight(weight, row_bits, group_size, "clip")
-        return RoundedWeight(
-            rounded.codes, rounded.scale, rounded.zero_point, group_size, rounded.method, note
+def _round_in_sequence(module: nn.Module, config: MixLLMConfig) -> None:
+    """Round the whole model layer after layer, once, when its first module comes by."""
+    if config._method != SEQUENTIAL or config._rounded or config.plan is None:
+        return
+    model = config._model() if config._model is not None else None
+    samples = None if config.calibration is None else config.calibration.samples
+    if model is None or id(module) not in config._modules or samples is None:
+        missing = "the calibration holds no tokens" if samples is None else "the model is not known"
+        raise ValueError(
+            f"rounding='{SEQUENTIAL}' runs the whole model on the calibration tokens, but {missing}; pass "
+            "mixllm_config(..., model=model) with a calibration of token data, or choose rounding='gptq'"
         )
-    return round_weight(weight, row_bits, group_size, config._method, hessian)
+    selection = select_parameters(model, include=list(config.plan.layers))
+    settings = SequentialRounding(config.plan.group_size, config.activation_group == "token", config.refit)
+    widths = {name: layer.row_bits for name, layer in config.plan.layers.items()}
+    try:
+        config._rounded = round_sequentially(model, selection.targets, widths, samples, settings)
+    except NotReplayableError as error:
+        logger.warning(
+            "%s cannot be rounded in sequence (%s): rounded with one-shot GPTQ", type(model).__name__, error
+        )
+        config._method = "gptq"
 
 
 def _quantize_data_free(module: nn.Module, parameter_name: str, config: MixLLMConfig) -> None:

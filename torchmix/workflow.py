@@ -82,15 +82,15 @@ def calibrate(
     recorder = SalienceRecorder(
         selection.targets, metrics, widths, group_size, HessianAccumulator() if hessians else None
     )
+    origin: dict[str, Any] = {"source": f"{type(data).__name__} through loss_fn"}
     if loss_fn is None:
         sample = _token_sample(model, data, tokenizer, num_samples, sequence_length, seed)
         tokens = _run_language_model(model, selection, recorder, sample, seed, progress)
-        source, digest = sample.source, sample.sha256
+        origin = {"source": sample.source, "data_sha256": sample.sha256, "samples": sample.input_ids}
     else:
         tokens = _run_with_loss(model, selection, recorder, data, num_samples, loss_fn, progress)
-        source, digest = f"{type(data).__name__} through loss_fn", ""
     calibration = _collect(selection, recorder, widths, group_size)
-    return replace(calibration, tokens=tokens, source=source, data_sha256=digest, model=weakref.ref(model))
+    return replace(calibration, tokens=tokens, model=weakref.ref(model), **origin)
 
 
 def _calibrate_without_data(

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from torchmix.capture.linear_calls import LinearCall, LinearCalls
+from torchmix.capture.replay import Block, NotReplayableError, find_blocks, record_blocks
 from torchmix.capture.statistics import HessianAccumulator
 
-__all__ = ["HessianAccumulator", "LinearCall", "LinearCalls"]
+__all__ = [
+    "Block",
+    "HessianAccumulator",
+    "LinearCall",
+    "LinearCalls",
+    "NotReplayableError",
+    "find_blocks",
+    "record_blocks",
+]

@@ -1,0 +1,82 @@
+"""Replaying a model block by block gives what the model itself computes, or says why it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torchmix.capture import NotReplayableError, find_blocks, record_blocks
+
+D = 8
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, hidden_states, shift=None, scale=1.0):
+        return (hidden_states + scale * self.linear(hidden_states) + shift,)
+
+
+class Model(nn.Module):
+    def __init__(self, blocks=3, broken=False):
+        super().__init__()
+        self.embed = nn.Embedding(10, D)
+        self.blocks = nn.ModuleList(Layer() for _ in range(blocks))
+        self.other = nn.ModuleList([nn.Linear(D, D)])
+        self.broken = broken
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden, torch.full((D,), float(index)), scale=0.5)[0]
+            if self.broken:
+                hidden = hidden * 2
+        return self.other[0](hidden)
+
+
+def names(model):
+    return [name for name, _ in model.named_parameters() if "blocks" in name]
+
+
+def test_blocks_are_found_by_the_weights_they_own():
+    model = Model()
+    assert list(find_blocks(model, names(model))) == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+@torch.no_grad()
+def test_replay_gives_the_same_hidden_states_for_every_sample():
+    model, ids = Model(), torch.randint(10, (4, 5))
+    blocks, hidden = record_blocks(find_blocks(model, names(model)), lambda i: model(ids[i : i + 1]), 4)
+    for sample, states in enumerate(hidden):
+        assert torch.equal(states, model.embed(ids[sample : sample + 1]))
+        for block in blocks:
+            states = block.run(block.module, states)
+        assert torch.equal(model.other[0](states), model(ids[sample : sample + 1]))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_model_that_changes_hidden_states_between_blocks_is_refused():
+    model = Model(broken=True)
+    with pytest.raises(NotReplayableError, match=r"output of blocks\.0 is not the input of the next"):
+        record_blocks(
+            find_blocks(model, names(model)), lambda i: model(torch.zeros(1, 3, dtype=torch.long)), 1
+        )
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(NotReplayableError, match="no ModuleList"):
+        find_blocks(nn.Sequential(nn.Linear(D, D)), ["0.weight"])
+
+
+@torch.no_grad()
+def test_blocks_without_hidden_states_are_refused_by_name():
+    model = Model()
+    model.forward = lambda ids: model.blocks[0](shift=model.embed(ids), hidden_states=None)
+    with pytest.raises(NotReplayableError, match=r"blocks\.0 is not called with hidden states"):
+        record_blocks(
+            find_blocks(model, names(model)), lambda i: model(torch.zeros(1, 3, dtype=torch.long)), 1
+        )
