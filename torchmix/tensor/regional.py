@@ -30,7 +30,8 @@ SOURCE_LISTS = ("dynamic_sources", "unbacked_sources")
 def compile_blocks(blocks: Iterable[nn.Module], **kwargs: Any) -> None:
     """Compile each block in place so that equal blocks share one graph, whatever their row widths are.
 
-    Like ``block.compile(**kwargs)`` for every block; the blocks are afterwards called as before.
+    Like ``block.compile(**kwargs)`` for every block; the blocks are afterwards called as before. A call of a block
+    takes some ten microseconds longer, for setting the list.
 
     Args:
         blocks: modules of one structure, for example ``model.model.layers``. Compile them after quantization.
