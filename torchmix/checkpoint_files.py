@@ -163,6 +163,7 @@ def write_shards(
             save_file(_without_shared_memory(parts), directory / name, METADATA)
         except SafetensorError as error:
             raise OSError(f"{directory / name}: {error}; make room, or choose another disk") from error
+        (directory / name).chmod(0o666 & ~_umask())  # safetensors leaves files that only their owner can read
         size = (directory / name).stat().st_size
         if size != file_bytes(specs):
             raise RuntimeError(

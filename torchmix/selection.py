@@ -132,7 +132,7 @@ def linear_weights(model: nn.Module) -> list[str]:
 
 
 def weight_fingerprint(weight: Tensor) -> str:
-    """Short hash of a weight's shape and of up to 256 evenly spaced rows in float32.
+    """Short hash of a weight's shape and of evenly spaced rows (all, or at least 256 of them) in float32.
 
     The same for every dtype that holds the values exactly. Recognises a weight without its name, and refuses a
     calibration of another model.
