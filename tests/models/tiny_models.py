@@ -68,7 +68,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
         return model(ids).logits
 
 
-def generated(model: Any, *, use_cache: bool, new_tokens: int = 8) -> Tensor:
+def generated(model: Any, *, use_cache: bool, new_tokens: int = 6) -> Tensor:
     """Greedy continuation of three prompt tokens, int64 (1, 3 + new_tokens)."""
     ids = random_ids(1, 3, seed=7)
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
