@@ -22,16 +22,31 @@ The map of the package, lowest layer first:
 
 from __future__ import annotations
 
-from torchmix.allocation import BitPlan
-from torchmix.calibration import Calibration
-from torchmix.checkpoint import load_pretrained, planned_checkpoint_bytes, save_pretrained
-from torchmix.checkpoint_inspection import inspect_checkpoint
-from torchmix.config import MixLLMConfig, mixllm_config
-from torchmix.evaluation import Evaluation, evaluate
-from torchmix.huggingface import is_available as _transformers_is_available
-from torchmix.huggingface import register as _register_with_transformers
-from torchmix.tensor import MixedPrecisionTensor
-from torchmix.workflow import calibrate
+import sys
+from pathlib import Path
+
+
+def _is_command() -> bool:
+    """Whether this process is the command ``torchmix``, which imports torch only when a command needs it."""
+    if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv:  # python -m: the module's name follows
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1] == "torchmix"
+    return bool(sys.argv) and Path(sys.argv[0]).name == "torchmix"
+
+
+if not _is_command():
+    from torchmix.allocation import BitPlan
+    from torchmix.calibration import Calibration
+    from torchmix.checkpoint import load_pretrained, planned_checkpoint_bytes, save_pretrained
+    from torchmix.checkpoint_inspection import inspect_checkpoint
+    from torchmix.config import MixLLMConfig, mixllm_config
+    from torchmix.evaluation import Evaluation, evaluate
+    from torchmix.huggingface import is_available as _transformers_is_available
+    from torchmix.huggingface import register as _register_with_transformers
+    from torchmix.tensor import MixedPrecisionTensor
+    from torchmix.workflow import calibrate
+
+    if _transformers_is_available():
+        _register_with_transformers()
 
 __all__ = [
     "BitPlan",
@@ -47,6 +62,3 @@ __all__ = [
     "planned_checkpoint_bytes",
     "save_pretrained",
 ]
-
-if _transformers_is_available():
-    _register_with_transformers()
