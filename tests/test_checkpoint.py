@@ -322,6 +322,11 @@ def test_the_files_beside_the_weights_come_along(tmp_path):
         "tokenizer.json",
         "torchmix_plan.json",
     }
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "vocab.txt").write_text("other")
+    save_pretrained(model, tmp_path / "given", source=str(tmp_path / "other"))
+    assert (tmp_path / "given" / "vocab.txt").exists()
+    assert not (tmp_path / "given" / "tokenizer.json").exists()
     with pytest.raises(FileNotFoundError, match="nowhere is not a directory; source must be"):
         save_pretrained(model, tmp_path / "b", source=tmp_path / "nowhere")
 

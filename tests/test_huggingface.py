@@ -270,6 +270,15 @@ def test_places_that_are_no_model(tmp_path, monkeypatch):
 def test_directories_of_models(tmp_path, monkeypatch):
     assert model_directory(tmp_path) == tmp_path
     assert model_directory("no/such-model", local_files_only=True) is None
+    asked = {}
+
+    def snapshot(name: str, file: str, **options: Any) -> str:
+        asked.update(options)
+        return str(tmp_path / "snapshot" / file)
+
+    monkeypatch.setattr(transformers.utils, "cached_file", snapshot)
+    assert model_directory("some/model", local_files_only=True) == tmp_path / "snapshot"
+    assert asked["local_files_only"]
     assert is_transformers_config({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     assert not is_transformers_config({"model_type": "llama", "architectures": []})
     assert not is_transformers_config({"dtype": "float32"})

@@ -109,7 +109,8 @@ def save_pretrained(
         if plan is not None:
             plan.save(temporary / PLAN_NAME)
         info = inspect_checkpoint(temporary)
-        text = card or model_card(info.to_dict(), target.name, transformers=hasattr(model, "config"))
+        through_transformers = is_transformers_config(read_json(temporary / "config.json"))
+        text = card or model_card(info.to_dict(), target.name, transformers=through_transformers)
         (temporary / "README.md").write_text(text, encoding="utf-8")
     return CheckpointInfo(target, info.config, info.layers, info.shards)
 
@@ -270,6 +271,6 @@ def _write_config(model: nn.Module, config: CheckpointConfig, directory: Path) -
 
 
 def _is_tied(model: Any) -> bool:
-    """Whether a transformers model's output head still is its embedding."""
-    head = model.get_output_embeddings()
+    """Whether a transformers model's output head, if it has one, still is its embedding."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return head is None or head.weight is model.get_input_embeddings().weight
