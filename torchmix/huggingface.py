@@ -128,21 +128,22 @@ def register() -> bool:
         Whether it is entered. A transformers too old for it is no reason to fail on import: torchmix then works on
         modules, and a logged warning says that checkpoints cannot be loaded through transformers.
     """
-    try:
-        from transformers.quantizers import register_quantization_config, register_quantizer
-        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-        from torchmix.huggingface_quantizer import TorchmixHfQuantizer, TorchmixQuantizationConfig
-    except (ImportError, AttributeError) as error:
-        installed = version("transformers")
-        logger.warning(
-            "transformers %s cannot load torchmix checkpoints (%s); it needs %s or newer",
-            installed,
-            error,
-            MIN_TRANSFORMERS,
-        )
+    installed = version("transformers")
+    if _numbers(installed) < _numbers(MIN_TRANSFORMERS):
+        message = "transformers %s cannot load torchmix checkpoints, which need %s or newer; everything else works"
+        logger.warning(message, installed, MIN_TRANSFORMERS)
         return False
+    from transformers.quantizers import register_quantization_config, register_quantizer
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    from torchmix.huggingface_quantizer import TorchmixHfQuantizer, TorchmixQuantizationConfig
+
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(TorchmixQuantizationConfig)
         register_quantizer(QUANT_METHOD)(TorchmixHfQuantizer)
     return True
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
+    return tuple(int(part) for part in text.split(".")[:2])
