@@ -42,7 +42,7 @@ if not _is_command():
     from torchmix.evaluation import Evaluation, evaluate
     from torchmix.huggingface import is_available as _transformers_is_available
     from torchmix.huggingface import register as _register_with_transformers
-    from torchmix.tensor import MixedPrecisionTensor
+    from torchmix.tensor import MixedPrecisionTensor, compile_blocks
     from torchmix.workflow import calibrate
 
     if _transformers_is_available():
@@ -55,6 +55,7 @@ __all__ = [
     "MixLLMConfig",
     "MixedPrecisionTensor",
     "calibrate",
+    "compile_blocks",
     "evaluate",
     "inspect_checkpoint",
     "load_pretrained",
