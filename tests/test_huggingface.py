@@ -217,7 +217,7 @@ def test_a_layer_without_its_tensors_is_an_error_in_transformers_too(directory):
 def test_a_layer_without_one_of_its_tensors_is_an_error_in_transformers_too(directory, suffix, caplog):
     drop(directory, LAYER + suffix)
     transformers.logging.enable_propagation()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="transformers"):
         message = error_of(lambda: transformers.AutoModelForCausalLM.from_pretrained(directory))
     assert message.startswith("RuntimeError: ")
     assert f"{LAYER}: the checkpoint lacks" in caplog.text
