@@ -30,7 +30,7 @@ from torchmix.evaluation import evaluate_many
 from torchmix.huggingface import load_model, load_tokenizer
 
 
-def settings(budgets: list[float]) -> Iterator[tuple[str, dict[str, Any], str]]:
+def settings(budgets: list[float], sequential: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Name, arguments of ``Calibration.plan``, and rounding of each row of the table."""
     yield "RTN, 4 bits", {"widths": (4,)}, "rtn"
     yield "RTN with clip search, 4 bits", {"widths": (4,)}, "clip"
@@ -39,6 +39,8 @@ def settings(budgets: list[float]) -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "8 bits", {"widths": (8,)}, "gptq"
     for bits in budgets:
         yield f"torchmix, {bits:g} bits", {"bits": bits}, "gptq"
+        if sequential:
+            yield f"torchmix, {bits:g} bits, sequential", {"bits": bits}, "sequential"
 
 
 def main() -> None:
@@ -49,7 +51,12 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="evaluation text")
     parser.add_argument("--samples", type=int, default=64, help="calibration samples (default: 64)")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens per sample (default: 1024)")
-    parser.add_argument("--bits", type=float, nargs="*", default=[4.17, 4.41, 4.5, 4.845, 5.215], help="budgets")
+    parser.add_argument(
+        "--bits", type=float, nargs="*", default=[4.17, 4.41, 4.5, 4.845, 5.215], help="budgets"
+    )
+    parser.add_argument(
+        "--sequential", action="store_true", help="also round every budget in sequence with refit"
+    )
     parser.add_argument("--max-tokens", type=int, help="evaluate on the first tokens only")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--csv", type=Path, help="write the table here too")
@@ -70,11 +77,12 @@ def main() -> None:
     print(f"calibrated on {calibration.tokens} tokens in {time.perf_counter() - started:.0f} s", flush=True)
 
     models, plans, seconds = {"original": model}, {}, {"original": 0.0}
-    for name, options, rounding in settings(args.bits):
+    for name, options, rounding in settings(args.bits, args.sequential):
         started = time.perf_counter()
         plans[name] = calibration.plan(**options)
         models[name] = copy.deepcopy(model)
-        quantize_(models[name], torchmix.mixllm_config(plans[name], calibration, rounding=rounding))
+        config = torchmix.mixllm_config(plans[name], calibration, rounding=rounding, model=models[name])
+        quantize_(models[name], config)
         seconds[name] = time.perf_counter() - started
         print(f"{name}: {plans[name].bits_per_weight:.4f} bits, {seconds[name]:.1f} s", flush=True)
 
@@ -120,7 +128,9 @@ def report(rows: list[dict[str, str]], args: argparse.Namespace) -> None:
         print("  ".join(row[key].ljust(width) for key, width in widths.items()))
     if args.csv is None:
         return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     conditions = {
         "model": Path(args.model).name,
         "calibration": f"{Path(args.data).name} {args.samples}x{args.sequence_length}",
