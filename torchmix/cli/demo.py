@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torchmix.cli import options as flags
+from torchmix.cli.env import environment
 from torchmix.cli.formatting import format_seconds, table
 from torchmix.cli.json_report import STDOUT, check_json_target, write_json_report
 from torchmix.cli.progress import ProgressReporter
@@ -44,9 +45,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples",
         type=flags.positive,
-        default=16,
+        default=12,
         metavar="S",
-        help="calibration samples of 1024 tokens (default: 16)",
+        help="calibration samples of 1024 tokens (default: 12)",
     )
     parser.add_argument(
         "--windows",
@@ -80,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     if options.json != STDOUT:
         print(demo_text(report, seconds))
-    write_json_report(options.json, {**report.to_dict(), "seconds": seconds})
+    machine = {name: value for name, value in environment().items() if name != "kernel_files"}
+    write_json_report(options.json, {**report.to_dict(), "seconds": seconds, "environment": machine})
     return 0
 
 

@@ -7,6 +7,7 @@ size is that of the files which ``save_pretrained`` would write.
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -35,7 +36,7 @@ BITS = 4.5
 PAPER_SHARE = 0.10
 WINDOW = 1024
 SALIENCE = ("fisher_token", "mixllm")
-PROMPT = "The history of the city begins"
+PROMPT = "The castle was built in"
 NEW_TOKENS = 48
 
 Progress = Callable[[int, int], None]
@@ -106,7 +107,7 @@ class DemoReport:
 
 
 def demo_settings(
-    num_samples: int = 16, num_windows: int = 24, model: Path | None = None, seed: int = 0
+    num_samples: int = 12, num_windows: int = 24, model: Path | None = None, seed: int = 0
 ) -> DemoSettings:
     """Settings that take under two minutes on two cores, with the bundled model.
 
@@ -237,4 +238,6 @@ def generate(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKE
             repetition_penalty=1.2,
             pad_token_id=tokenizer.eos_token_id,
         )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    text = str(tokenizer.decode(output[0], skip_special_tokens=True))
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s|$)", text) if match.end() > len(prompt)]
+    return text[: ends[-1]] if ends else text  # whole sentences, if there is one
