@@ -298,4 +298,6 @@ def test_registering_twice_and_with_an_old_transformers(monkeypatch, caplog):
     assert register()
     monkeypatch.setattr(huggingface, "version", lambda name: "5.17.2.dev0")
     assert not register()
-    assert "transformers 5.17.2.dev0 cannot load torchmix checkpoints, which need 5.23 or newer" in caplog.text
+    assert (
+        "transformers 5.17.2.dev0 cannot load torchmix checkpoints, which need 5.23 or newer" in caplog.text
+    )

@@ -12,8 +12,9 @@ import logging
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -270,9 +271,13 @@ def _quantize_target(target: Target, row_bits: Tensor, config: MixLLMConfig) -> 
     weight, parameter = target.weight, nn.Parameter(quantized, requires_grad=False)
     config._done[id(weight)] = (weakref.ref(weight), parameter)
     _replace(target.module, target.parameter_name, parameter)
+    if ready is None:
+        _report_progress(config, {*config._rounded, *(record.name for record in config.records)}, target.name)
+
+
+def _report_progress(config: MixLLMConfig, done: Collection[str], name: str) -> None:
     if config.progress is not None:
-        total = len(config.plan.layers) if config.plan is not None else len(config.records)
-        config.progress(len(config.records), total, target.name)
+        config.progress(len(done), len(config.plan.layers) if config.plan is not None else len(done), name)
 
 
 def _round_in_sequence(module: nn.Module, config: MixLLMConfig) -> None:
@@ -291,7 +296,9 @@ def _round_in_sequence(module: nn.Module, config: MixLLMConfig) -> None:
     settings = SequentialRounding(config.plan.group_size, config.activation_group == "token", config.refit)
     widths = {name: layer.row_bits for name, layer in config.plan.layers.items()}
     try:
-        config._rounded = round_sequentially(model, selection.targets, widths, samples, settings)
+        config._rounded = round_sequentially(
+            model, selection.targets, widths, samples, settings, partial(_report_progress, config)
+        )
     except NotReplayableError as error:
         logger.warning(
             "%s cannot be rounded in sequence (%s): rounded with one-shot GPTQ", type(model).__name__, error

@@ -130,7 +130,9 @@ def register() -> bool:
     """
     installed = version("transformers")
     if _numbers(installed) < _numbers(MIN_TRANSFORMERS):
-        message = "transformers %s cannot load torchmix checkpoints, which need %s or newer; everything else works"
+        message = (
+            "transformers %s cannot load torchmix checkpoints, which need %s or newer; everything else works"
+        )
         logger.warning(message, installed, MIN_TRANSFORMERS)
         return False
     from transformers.quantizers import register_quantization_config, register_quantizer

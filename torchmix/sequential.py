@@ -11,7 +11,7 @@ Shapes: S samples of L tokens, D hidden size, T = L tokens of a sample, N rows, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,8 @@ from torchmix.primitives import split_groups
 from torchmix.rounding import PERCDAMP, RoundedWeight, gptq_round, refit_target
 from torchmix.selection import Target
 from torchmix.tensor import MixedPrecisionTensor
+
+Progress = Callable[[Collection[str], str], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def round_sequentially(
     row_bits: Mapping[str, Tensor],
     samples: Tensor,
     settings: SequentialRounding,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, RoundedWeight]:
     """Round all 2-D weights that lie in the model's blocks; the model itself is not changed.
 
@@ -59,7 +61,7 @@ def round_sequentially(
         row_bits: name -> uint8 (N,).
         samples: int64 (S, L), the calibration tokens.
         settings: see :class:`SequentialRounding`.
-        progress: called with the name of each finished layer.
+        progress: called as ``progress(names_of_all_finished_layers, name)`` after each layer.
 
     Returns:
         name -> rounded weight, for the layers that were rounded.
@@ -78,7 +80,7 @@ def round_sequentially(
         streams = _Streams(hidden, list(hidden))
         for block in blocks:
             inside = {name: t for name, t in plain.items() if name.startswith(f"{block.name}.")}
-            rounded |= _round_block(block, inside, row_bits, streams, settings, progress)
+            _round_block(block, inside, row_bits, streams, settings, rounded, progress)
     return rounded
 
 
@@ -96,11 +98,11 @@ def _round_block(
     row_bits: Mapping[str, Tensor],
     streams: _Streams,
     settings: SequentialRounding,
-    progress: Callable[[str], None] | None,
-) -> dict[str, RoundedWeight]:
+    rounded: dict[str, RoundedWeight],
+    progress: Progress | None,
+) -> None:
     """Round the layers of one block in the order in which they run, then move both streams past it."""
     twin = copy.deepcopy(block.module)
-    rounded: dict[str, RoundedWeight] = {}
     weights = {name: target.weight for name, target in targets.items()}
     for names in _layers_in_order(block, weights, streams.original[0]):
         hessian, cross = _input_moments(block, twin, targets, names[0], streams, settings)
@@ -114,10 +116,9 @@ def _round_block(
             rounded[name] = replace(result, method=method, note="; ".join(filter(None, (note, result.note))))
             _place(twin, name.removeprefix(f"{block.name}."), target, rounded[name], bits, settings)
             if progress is not None:
-                progress(name)
+                progress(rounded, name)
     streams.original = [block.run(block.module, hidden) for hidden in streams.original]
     streams.quantized = [block.run(twin, hidden) for hidden in streams.quantized]
-    return rounded
 
 
 def _layers_in_order(block: Block, weights: Mapping[str, Tensor], hidden: Tensor) -> list[list[str]]:

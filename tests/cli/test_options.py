@@ -8,7 +8,7 @@ import pytest
 
 from torchmix.calibration import PAPER_WIDTHS
 from torchmix.cli import options
-from torchmix.rounding import ROUNDING_METHODS
+from torchmix.config import ROUNDING_NAMES
 from torchmix.salience import METRICS
 from torchmix.workflow import DEFAULT_SALIENCE, DEFAULT_SAMPLES, DEFAULT_WIDTHS
 
@@ -16,7 +16,7 @@ from torchmix.workflow import DEFAULT_SALIENCE, DEFAULT_SAMPLES, DEFAULT_WIDTHS
 def test_names_and_defaults_are_those_of_the_library() -> None:
     assert set(options.SALIENCE_NAMES) == set(METRICS)
     assert options.SALIENCE_NAMES[0] == DEFAULT_SALIENCE
-    assert set(options.ROUNDING_NAMES) == set(ROUNDING_METHODS)
+    assert set(options.ROUNDING_NAMES) == set(ROUNDING_NAMES)
     assert options.DEFAULT_WIDTHS == DEFAULT_WIDTHS
     assert options.DEFAULT_SAMPLES == DEFAULT_SAMPLES
     assert options.PAPER_WIDTHS == PAPER_WIDTHS

@@ -193,3 +193,12 @@ def test_an_already_quantized_model_is_refused(run: Run, tiny_model: Path, tmp_p
     assert code == 2
     assert "already quantized" in err
     assert not (tmp_path / "p").exists()
+
+
+def test_sequential_rounding(run: Run, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    data = ("--data", text_file, "--samples", 3, "--sequence-length", 64)
+    flags = ("--bits", 4.5, "--rounding", "sequential", "--output", tmp_path / "small")
+    code, out, err = run("quantize", tiny_model, *data, *flags)
+    assert code == 0, err
+    assert "sequential" in out
+    assert "rounding: done" in err

@@ -7,7 +7,8 @@ import argparse
 from torchmix.cli.formatting import HelpFormatter
 
 SALIENCE_NAMES = ("fisher_token", "mixllm", "output_error")
-ROUNDING_NAMES = ("gptq", "clip", "rtn")
+ROUNDING_NAMES = ("gptq", "sequential", "clip", "rtn")
+WITH_HESSIANS = (None, "gptq", "sequential")  # None: gptq where there is data
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 DEFAULT_WIDTHS = (3, 4, 5, 6, 8)
 PAPER_WIDTHS = (4, 8)

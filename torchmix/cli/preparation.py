@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from torchmix.cli.formatting import format_bytes
 from torchmix.cli.loading import LoadedModel, load_model_for
-from torchmix.cli.options import DEFAULT_GROUP_SIZE, DEFAULT_WIDTHS, PAPER_WIDTHS, SALIENCE_NAMES
+from torchmix.cli.options import (
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_WIDTHS,
+    PAPER_WIDTHS,
+    SALIENCE_NAMES,
+    WITH_HESSIANS,
+)
 from torchmix.cli.progress import ProgressReporter
 
 if TYPE_CHECKING:
@@ -206,7 +212,7 @@ def forecast_for(options: argparse.Namespace, loaded: LoadedModel, plan: BitPlan
         loaded.model,
         sequence_length=length if options.data is not None else None,
         num_widths=len(scored_widths(options)),
-        hessians=getattr(options, "rounding", None) in (None, "gptq"),
+        hessians=getattr(options, "rounding", None) in WITH_HESSIANS,
         include=list(plan.layers),
     )
 
@@ -228,7 +234,7 @@ def warn_of_memory(forecast: MemoryForecast) -> None:
 
 def keeps_hessians(options: argparse.Namespace) -> bool:
     """Whether this command's rounding, or a later use of the calibration file, needs Hessians."""
-    rounds = options.command == "quantize" and options.rounding in (None, "gptq")
+    rounds = options.command == "quantize" and options.rounding in WITH_HESSIANS
     return rounds or options.save_calibration is not None
 
 

@@ -79,8 +79,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     group.add_argument(
         "--rounding",
         choices=flags.ROUNDING_NAMES,
-        help="gptq lets later inputs make up for the error of earlier ones (default with a text); clip searches the "
-        "best scale (default without); rtn rounds to the nearest code",
+        help="gptq lets later inputs make up for the error of earlier ones (default with a text); sequential does so "
+        "layer after layer on inputs from the layers quantized before, about a tenth less KL divergence for some more "
+        "passes over the text; clip searches the best scale (default without); rtn rounds to the nearest code",
     )
     group.add_argument(
         "--plan",
