@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import re
@@ -20,6 +21,7 @@ from torchmix.tensor import MixedPrecisionTensor
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
+ACCURACY = ROOT / "benchmarks" / "results" / "accuracy_wiki_llama_22m.csv"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
 
@@ -61,6 +63,16 @@ def results_table(report: dict[str, Any]) -> str:
 def test_table_is_the_measured_one() -> None:
     table = results_table(json.loads(RESULTS.read_text(encoding="utf-8")))
     assert table in README, f"put this into README.md:\n{table}"
+
+
+def test_accuracy_table_is_the_measured_one() -> None:
+    with ACCURACY.open(newline="", encoding="utf-8") as file:
+        original, *rows = csv.DictReader(file)
+    assert f"perplexity of the original {original['perplexity']}" in README
+    for row in rows:
+        cells = (row["method"], row["bits_per_weight"], row["perplexity_loss"], row["kl_mean"])
+        assert f"| {' | '.join(cells)} |" in README
+    assert original["machine"].partition(",")[0] in README
 
 
 def test_files_that_are_named_exist() -> None:

@@ -43,6 +43,8 @@ def start(*, quiet: bool = False, progress_bars: bool = False) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP threads that spin while they wait lose whole scheduler slices on a machine that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not progress_bars:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name in THIRD_PARTIES:
