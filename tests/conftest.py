@@ -7,9 +7,9 @@ import os
 # Read when torch loads its OpenMP library: spinning threads lose whole scheduler slices on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import pytest
+import torch
 
 # Examples are the same on every run, and slow machines do not fail a test.
 hypothesis.settings.register_profile("torchmix", deadline=None, derandomize=True, database=None)
