@@ -33,6 +33,7 @@ from torchmix.checkpoint import load_pretrained, planned_checkpoint_bytes, save_
 from torchmix.checkpoint_inspection import inspect_checkpoint
 from torchmix.config import mixllm_config
 from torchmix.tensor import MixedPrecisionTensor
+from torchmix.workflow import calibrate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -377,3 +378,13 @@ def test_a_module_needs_a_skeleton(tmp_path, model):
         ValueError, match=r"out: this checkpoint is not of a transformers model, .* model=skeleton"
     ):
         load_pretrained(tmp_path / "out")
+
+
+def test_a_planned_layer_that_was_not_quantized_is_not_hidden(tmp_path):
+    model = nn.Sequential(nn.Linear(128, 16), nn.Linear(128, 8))
+    plan = calibrate(model).plan(5.0)
+    quantize_(model, mixllm_config(plan), filter_fn=lambda module, name: name == "0")
+    with pytest.raises(ValueError, match=r"1\.weight: planned but not quantized, as 1 of 2 layers"):
+        save_pretrained(model, tmp_path / "out", plan=plan)
+    assert not (tmp_path / "out").exists()
+    assert save_pretrained(model, tmp_path / "out").config.excluded == (("1.weight", "left as it is"),)

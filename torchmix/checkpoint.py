@@ -162,6 +162,13 @@ def _describe(model: nn.Module, plan: BitPlan | None) -> CheckpointConfig:
         raise ValueError(
             f"{type(model).__name__} holds no quantized weight; call quantize_(model, mixllm_config(...)) first"
         )
+    skipped = [name for name in plan.layers if name not in quantized] if plan is not None else []
+    if skipped:
+        raise ValueError(
+            f"{skipped[0]}: planned but not quantized, as {len(skipped)} of {len(quantized) + len(skipped)} layers, so "
+            "the checkpoint would not be what the plan says; quantize them (did a filter_fn leave them out?), or save "
+            "without plan"
+        )
     first_name, first = next(iter(quantized.items()))
     for name, weight in quantized.items():
         if (weight.group_size, weight.per_token) != (first.group_size, first.per_token):
