@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models.tiny_models import tiny_model
+from tests.saved_model import save_tiny_model
 from torchmix import MixedPrecisionTensor, load_pretrained
 from torchmix.allocation import BitPlan
 from torchmix.cli.layer_report import REPORT_NAME
@@ -202,3 +204,19 @@ def test_sequential_rounding(run: Run, tiny_model: Path, text_file: Path, tmp_pa
     assert code == 0, err
     assert "sequential" in out
     assert "rounding: done" in err
+
+
+@pytest.mark.parametrize(("family", "layers"), [("gpt2", 8), ("qwen3_moe", 12)])
+def test_layers_that_are_no_linear_modules_are_quantized_too(
+    run: Run, text_file: Path, tmp_path: Path, family: str, layers: int
+) -> None:
+    source = tmp_path / family
+    save_tiny_model(source)  # for the tokenizer
+    tiny_model(family, vocab_size=257).save_pretrained(source)  # type: ignore[operator]
+    arguments = ("--data", text_file, "--samples", 1, "--sequence-length", 64, "--bits", 4.8, "--quiet")
+    code, out, err = run("quantize", source, *arguments, "--output", tmp_path / "o", "--json", "-")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert len(report["layers"]) == layers
+    assert report["coverage"] == 1.0
+    assert report["checkpoint_bytes"] == weight_bytes(tmp_path / "o")

@@ -116,6 +116,8 @@ def _text(options: argparse.Namespace, preparation: Preparation, report: dict[st
     peak = f"about {format_bytes(report['peak_host_bytes'])} of main memory"
     if report["peak_device_bytes"]:
         peak += f" and {format_bytes(report['peak_device_bytes'])} on {options.device}"
+    if options.data is None:
+        peak += " without calibration, more with --data"
     pairs = [
         ("size on disk", size_text(report["checkpoint_bytes"], report["original_bytes"])),
         ("true bits per weight", f"{plan.bits_per_weight:.4f}, everything stored for these layers counted"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torchmix.cli.formatting import format_bytes, format_number, name_pattern, row_counts, table
+from torchmix.cli.formatting import format_bytes, name_pattern, row_counts, table
 
 if TYPE_CHECKING:
     from torchmix.allocation import BitPlan
@@ -128,4 +128,4 @@ def kl_text(predicted_kl: float | None) -> str:
     """The predicted divergence, or why there is none."""
     if predicted_kl is None:
         return "not known (needs --data and salience fisher_token)"
-    return f"{format_number(predicted_kl, 4)} nats per token from the original"
+    return f"{predicted_kl:.3g} nats per token from the original"

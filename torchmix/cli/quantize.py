@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchmix.cli import options as flags
-from torchmix.cli.formatting import facts, format_bytes, format_number, format_seconds
+from torchmix.cli.formatting import facts, format_bytes, format_seconds
 from torchmix.cli.json_report import STDOUT, check_json_target, write_json_report
 from torchmix.cli.layer_report import REPORT_NAME, calibration_origin, layer_report
 from torchmix.cli.loading import LoadedModel, restore_dtypes
@@ -206,7 +206,7 @@ def _card(options: argparse.Namespace, preparation: Preparation) -> str:
     origin = calibration_origin(calibration)
     details = {
         "original model": options.model if not os.path.isabs(options.model) else Path(options.model).name,
-        "predicted KL divergence": format_number(plan.predicted_kl, 4) + " nats per token",
+        "predicted KL divergence": kl_text(plan.predicted_kl),
         "calibration": f"{calibration_text(calibration)}; sha256 of the tokens `{origin['sha256'] or '-'}`",
         "rows ranked by": plan.salience,
         "made with": f"`{_command(options)}`",
