@@ -10,7 +10,7 @@ output, L the loss of one sample (sum over its tokens). Shapes: T tokens, N rows
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,11 +25,15 @@ class RowSignals:
         output_error: float32 (T, N), dw x_t of every token and row.
         output_gradient: float32 (T, N), dL/dy; None for metrics that need no gradient.
         loss_tokens: number of tokens that L sums over.
+        inputs: float32 (T, K), x.
+        weight_error: float32 (N, K), dw.
     """
 
     output_error: Tensor
     output_gradient: Tensor | None
     loss_tokens: int
+    inputs: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    weight_error: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
     def gradient(self) -> Tensor:
         """dL/dy, which gradient metrics may rely on."""
@@ -41,18 +45,23 @@ class RowSignals:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and the labels whose loss it differentiates.
+    """A metric, the labels whose loss it differentiates, and the rounding whose error it scores.
 
     Attributes:
         score: RowSignals -> float64 (N,), the sample's contribution to the score.
         labels: "data" for the next tokens of the text, "model" for labels drawn from the model's own prediction
             (the true Fisher information), None when no gradient is needed.
         kl_scale: factor from the summed score of a token to nats of KL divergence per token, None for a bare score.
+        rounding: "gptq" scores the error that is left after GPTQ, which is nearer to the final one; "rtn" that of
+            round to nearest. Where there are no Hessians, all metrics score round to nearest.
+        per_sample: the score is not a sum over tokens, so each sample must be scored by itself.
     """
 
     score: Callable[[RowSignals], Tensor]
     labels: Literal["data", "model"] | None
     kl_scale: float | None = None
+    rounding: Literal["gptq", "rtn"] = "rtn"
+    per_sample: bool = False
 
 
 def mixllm(signals: RowSignals) -> Tensor:
@@ -70,12 +79,12 @@ def fisher_token(signals: RowSignals) -> Tensor:
     With labels from the model, half of its mean per token predicts the KL divergence that the row's error causes
     (second-order expansion; errors of different rows and tokens count as independent).
     """
-    return (signals.gradient() * signals.output_error).square().sum(0, dtype=torch.float64)
+    return (signals.gradient() * signals.output_error).square_().sum(0).double()
 
 
 def output_error(signals: RowSignals) -> Tensor:
     """sum_t (dw x_t)²: squared error of the layer's output, without gradients."""
-    return signals.output_error.square().sum(0, dtype=torch.float64)
+    return signals.output_error.square().sum(0).double()
 
 
 def weight_error(delta: Tensor) -> Tensor:
@@ -84,8 +93,9 @@ def weight_error(delta: Tensor) -> Tensor:
 
 
 METRICS: dict[str, Metric] = {
-    "fisher_token": Metric(fisher_token, labels="model", kl_scale=0.5),
-    "mixllm": Metric(mixllm, labels="data"),
+    "fisher_token": Metric(fisher_token, labels="model", kl_scale=0.5, rounding="gptq"),
+    "fisher_token_rtn": Metric(fisher_token, labels="model", kl_scale=0.5),
+    "mixllm": Metric(mixllm, labels="data", per_sample=True),
     "output_error": Metric(output_error, labels=None),
 }
 DATA_FREE = "weight_error"
