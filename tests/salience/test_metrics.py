@@ -34,11 +34,15 @@ def test_weight_error_by_hand() -> None:
 
 def test_registry() -> None:
     """Names users pass; only a score on labels from the model predicts a KL divergence."""
-    assert {name: (metric.labels, metric.kl_scale) for name, metric in METRICS.items()} == {
-        "fisher_token": ("model", 0.5),
-        "mixllm": ("data", None),
-        "output_error": (None, None),
+    properties = {name: (metric.labels, metric.kl_scale, metric.rounding) for name, metric in METRICS.items()}
+    expected = {
+        "fisher_token": ("model", 0.5, "gptq"),
+        "fisher_token_rtn": ("model", 0.5, "rtn"),
+        "mixllm": ("data", None, "rtn"),
+        "output_error": (None, None, "rtn"),
     }
+    assert properties.items() >= expected.items()
+    assert all((metric.kl_scale is None) == (metric.labels != "model") for metric in METRICS.values())
     assert DATA_FREE not in METRICS
 
 
