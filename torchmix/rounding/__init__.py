@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torchmix.rounding.clip_search import ClipSearch, clip_round
 from torchmix.rounding.gptq import PERCDAMP, gptq_round
-from torchmix.rounding.refit import DEFAULT_REFIT, refit_target
 from torchmix.rounding.refine import DEFAULT_REFINE, refine_rounding
+from torchmix.rounding.refit import DEFAULT_REFIT, refit_target
 from torchmix.rounding.round_weight import ROUNDING_METHODS, round_weight
 from torchmix.rounding.rounded_weight import RoundedWeight
 from torchmix.rounding.rtn import rtn_round
