@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.generators import TinyLM, tiny_gpt2, tiny_mixtral
+from tests.models.tiny_models import tiny_model
 from torchmix.selection import Selection, linear_weights, matches, select_parameters, weight_fingerprint
 from torchmix.tensor import MixedPrecisionTensor
 
@@ -150,6 +151,64 @@ def test_routers_by_name() -> None:
         "moe.gate.weight": "router of experts",
         "router.weight": "router of experts",
     }
+
+
+def router_block(**children: nn.Module) -> nn.Module:
+    """A block with experts and something beside them."""
+    return nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(128, 128)]), **children})
+
+
+@pytest.mark.parametrize(
+    ("beside", "names", "reason"),
+    [
+        ({"router": nn.ModuleDict({"gate": nn.Linear(128, 4)})}, ["router.gate"], "router of experts"),
+        (
+            {"router": nn.ModuleDict({"classifier": nn.Linear(128, 4)})},
+            ["router.classifier"],
+            "router of experts",
+        ),
+        ({"gate": nn.ModuleDict({"wg": nn.Linear(128, 4)})}, ["gate.wg"], "router of experts"),
+        (
+            {"gate": nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 4))})},
+            ["gate.mlp.0", "gate.mlp.1"],
+            "router of experts",
+        ),
+        ({"router_gate": nn.Linear(128, 4)}, ["router_gate"], "router of experts"),
+        ({"shared_expert_gate": nn.Linear(128, 1)}, ["shared_expert_gate"], "gate of a shared expert"),
+    ],
+)
+def test_routers_that_hold_layers_and_gates_of_shared_experts(
+    beside: dict[str, nn.Module], names: list[str], reason: str
+) -> None:
+    model = nn.ModuleDict({"moe": router_block(**beside)})
+    selection = select_parameters(model)
+    assert [target.name for target in selection.targets] == ["moe.experts.0.weight"]
+    assert reasons(selection) == {f"moe.{name}.weight": reason for name in names}
+    assert not any(exclusion.counts_against_coverage for exclusion in selection.excluded)
+    assert len(selected(model, include=["*"])) == 1 + len(names)
+
+
+def test_a_router_that_holds_the_experts_is_none() -> None:
+    assert selected(nn.ModuleDict({"router": router_block()})) == ["router.experts.0.weight"]
+
+
+def test_gates_of_shared_experts_in_transformers() -> None:
+    found = reasons(select_parameters(tiny_model("qwen2_moe")))
+    for layer in range(2):
+        assert found[f"model.layers.{layer}.mlp.shared_expert_gate.weight"] == "gate of a shared expert"
+        assert found[f"model.layers.{layer}.mlp.gate.weight"] == "router of experts"
+
+
+def test_experts_of_an_unknown_form_are_listed_and_count_against_the_coverage() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(128, 128), "conv": nn.Conv1d(128, 128, 2), "moe": nn.Module()})
+    model["moe"].weight = nn.Parameter(torch.zeros(4, 128, 256))
+    model["moe"].bias = nn.Parameter(torch.zeros(4, 1, 256))
+    selection = select_parameters(model)
+    assert [target.name for target in selection.targets] == ["fc.weight"]
+    [exclusion] = selection.excluded
+    assert (exclusion.name, exclusion.weights) == ("moe.weight", 4 * 128 * 256)
+    assert "experts interface" in exclusion.reason
+    assert exclusion.counts_against_coverage
 
 
 def test_experts_of_transformers() -> None:

@@ -21,7 +21,11 @@ from torchmix.allocation.plan import Exclusion
 
 MIN_IN_FEATURES = 128
 _INSIDE_ATTENTION = "used inside nn.MultiheadAttention, which needs dense weights"
+_UNKNOWN_EXPERTS = "3-D weight of a module without the experts interface of transformers"
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
+_ROUTER_NAMES = ("router", "router_gate")
+_GATE_NAMES = ("gate", "wg")  # routers where they stand beside experts
+_SHARED_GATE_NAMES = ("shared_expert_gate",)
 FINGERPRINT_ROWS = 256
 
 
@@ -83,8 +87,8 @@ def select_parameters(
         min_in_features: rows shorter than this are left alone (their scales would cost more than they save).
 
     Excluded by default, and listed with the reason: output heads, weights tied to an embedding, routers of
-    experts, rows with fewer than ``min_in_features`` inputs. The weights of ``nn.MultiheadAttention`` cannot be
-    quantized and are listed too.
+    experts and gates of shared experts, rows with fewer than ``min_in_features`` inputs. The weights of
+    ``nn.MultiheadAttention``, and experts of a form that is not known, cannot be quantized and are listed too.
 
     Raises:
         ValueError: for a pattern that matches nothing, or a model without any weight to quantize.
@@ -171,6 +175,8 @@ def _default_exclusion(model: nn.Module, target: Target, tied: set[int], min_in_
         return "tied to an embedding"
     if module_name.rpartition(".")[2] in _HEAD_NAMES:
         return "output head"
+    if module_name.rpartition(".")[2] in _SHARED_GATE_NAMES:
+        return "gate of a shared expert"
     if _is_router(model, module_name):
         return "router of experts"
     in_features = target.rows.shape[-1]
@@ -180,28 +186,43 @@ def _default_exclusion(model: nn.Module, target: Target, tied: set[int], min_in_
 
 
 def _is_router(model: nn.Module, module_name: str) -> bool:
-    """A module called router, or a gate that stands beside experts."""
-    parent_name, _, own_name = module_name.rpartition(".")
-    if own_name in ("gate", "wg"):
-        return hasattr(model.get_submodule(parent_name), "experts")
-    return own_name == "router"
+    """A module called router, a gate that stands beside experts, or a layer inside either of them.
+
+    A router may be a layer (Mixtral's ``gate``), hold one (``router.layer``, ``router.classifier``, ``gate.wg``), or
+    be a small network (Zaya's ``gate.router_mlp.fc1``).
+    """
+    module = model
+    for name in filter(None, module_name.split(".")):
+        parent, module = module, getattr(module, name)
+        beside_experts = name in _GATE_NAMES and hasattr(parent, "experts")
+        if (name in _ROUTER_NAMES or beside_experts) and not hasattr(module, "experts"):
+            return True
+    return False
 
 
 def _other_weights(model: nn.Module, seen: set[int]) -> Iterator[Exclusion]:
-    """Embeddings, routers that are no ``nn.Linear``, attention's joint weights: never quantized, but listed."""
+    """Embeddings, routers that are no ``nn.Linear``, weights that cannot be quantized: not chosen, but listed."""
     for module_name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            prefix = f"{module_name}." if module_name else ""
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 2:  # in_proj_weight, or q_proj_weight, k_proj_weight, v_proj_weight
-                    yield Exclusion(f"{prefix}{name}", _INSIDE_ATTENTION, parameter.numel(), True)
+        prefix = f"{module_name}." if module_name else ""
+        yield from _unsupported_weights(prefix, module, seen)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or id(weight) in seen or weight.dim() != 2:
             continue
         if isinstance(module, nn.Embedding):
-            yield Exclusion(f"{module_name}.weight", "embedding", weight.numel(), False)
+            yield Exclusion(f"{prefix}weight", "embedding", weight.numel(), False)
         elif "Router" in type(module).__name__:
-            yield Exclusion(f"{module_name}.weight", "router of experts", weight.numel(), False)
+            yield Exclusion(f"{prefix}weight", "router of experts", weight.numel(), False)
+
+
+def _unsupported_weights(prefix: str, module: nn.Module, seen: set[int]) -> Iterator[Exclusion]:
+    """Linear weights of one module that a target cannot stand for; they count against the coverage."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if isinstance(module, nn.MultiheadAttention) and parameter.dim() == 2:
+            # in_proj_weight, or q_proj_weight, k_proj_weight, v_proj_weight
+            yield Exclusion(f"{prefix}{name}", _INSIDE_ATTENTION, parameter.numel(), True)
+        is_stack = parameter.dim() == 3 and min(parameter.shape[1:]) >= MIN_IN_FEATURES
+        if is_stack and id(parameter) not in seen and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            yield Exclusion(f"{prefix}{name}", _UNKNOWN_EXPERTS, parameter.numel(), True)
 
 
 def check_target(target: Target) -> None:
