@@ -203,6 +203,7 @@ def test_experts_of_an_unknown_form_are_listed_and_count_against_the_coverage() 
     model = nn.ModuleDict({"fc": nn.Linear(128, 128), "conv": nn.Conv1d(128, 128, 2), "moe": nn.Module()})
     model["moe"].weight = nn.Parameter(torch.zeros(4, 128, 256))
     model["moe"].bias = nn.Parameter(torch.zeros(4, 1, 256))
+    model["moe"].positions = nn.Parameter(torch.zeros(1, 128, 256))
     selection = select_parameters(model)
     assert [target.name for target in selection.targets] == ["fc.weight"]
     [exclusion] = selection.excluded

@@ -220,7 +220,8 @@ def _unsupported_weights(prefix: str, module: nn.Module, seen: set[int]) -> Iter
         if isinstance(module, nn.MultiheadAttention) and parameter.dim() == 2:
             # in_proj_weight, or q_proj_weight, k_proj_weight, v_proj_weight
             yield Exclusion(f"{prefix}{name}", _INSIDE_ATTENTION, parameter.numel(), True)
-        is_stack = parameter.dim() == 3 and min(parameter.shape[1:]) >= MIN_IN_FEATURES
+        # of shape (1, ...) are learned positions and the like
+        is_stack = parameter.dim() == 3 and len(parameter) > 1 and min(parameter.shape[1:]) >= MIN_IN_FEATURES
         if is_stack and id(parameter) not in seen and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             yield Exclusion(f"{prefix}{name}", _UNKNOWN_EXPERTS, parameter.numel(), True)
 
