@@ -11,6 +11,7 @@ from torchmix.rounding import (
     RoundedWeight,
     clip_round,
     gptq_round,
+    hqq_round,
     round_weight,
     rtn_round,
 )
@@ -27,6 +28,7 @@ def test_each_name_is_its_algorithm() -> None:
     assert same(round_weight(weight, bits, 16, "clip"), clip_round(weight, bits, 16))
     assert same(round_weight(weight, bits, 16, "clip", hessian), clip_round(weight, bits, 16, hessian))
     assert same(round_weight(weight, bits, 16, "gptq", hessian), gptq_round(weight, bits, 16, hessian))
+    assert same(round_weight(weight, bits, 16, "hqq"), hqq_round(weight, bits, 16))
     assert [round_weight(weight, bits, 16, name, hessian).method for name in ROUNDING_METHODS] == [
         *ROUNDING_METHODS
     ]

@@ -7,7 +7,7 @@ import argparse
 from torchmix.cli.formatting import HelpFormatter
 
 SALIENCE_NAMES = ("fisher_token", "fisher_token_rtn", "mixllm", "output_error")
-ROUNDING_NAMES = ("gptq", "sequential", "clip", "rtn")
+ROUNDING_NAMES = ("gptq", "sequential", "clip", "hqq", "rtn")
 WITH_HESSIANS = (None, "gptq", "sequential")  # None: gptq where there is data
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 DEFAULT_WIDTHS = (3, 4, 5, 6, 8)

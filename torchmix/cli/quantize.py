@@ -81,7 +81,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         choices=flags.ROUNDING_NAMES,
         help="gptq lets later inputs make up for the error of earlier ones (default with a text); sequential does so "
         "layer after layer on inputs from the layers quantized before, about a tenth less KL divergence for some more "
-        "passes over the text; clip searches the best scale (default without); rtn rounds to the nearest code",
+        "passes over the text; clip searches the best scale (default without); hqq fits the scale "
+        "so that a few large errors count little, without data; rtn rounds to the nearest code",
     )
     group.add_argument(
         "--plan",

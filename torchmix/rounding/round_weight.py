@@ -6,10 +6,11 @@ from torch import Tensor
 
 from torchmix.rounding.clip_search import ClipSearch, clip_round
 from torchmix.rounding.gptq import PERCDAMP, gptq_round
+from torchmix.rounding.hqq import hqq_round
 from torchmix.rounding.rounded_weight import RoundedWeight
 from torchmix.rounding.rtn import rtn_round
 
-ROUNDING_METHODS = ("rtn", "clip", "gptq")
+ROUNDING_METHODS = ("rtn", "clip", "gptq", "hqq")
 
 
 def round_weight(
@@ -28,7 +29,7 @@ def round_weight(
         weight: float (N, K).
         row_bits: uint8 (N,).
         group_size: inputs per scale.
-        method: "rtn", "clip" (round to nearest with clip search) or "gptq".
+        method: "rtn", "clip" (round to nearest with clip search), "gptq" or "hqq" (half-quadratic splitting).
         hessian: float32 (K, K); needed by "gptq", used by "clip" when given.
         percdamp: damping of GPTQ.
         search: factors of the clip search.
@@ -38,6 +39,8 @@ def round_weight(
     """
     if method == "rtn":
         return rtn_round(weight, row_bits, group_size)
+    if method == "hqq":
+        return hqq_round(weight, row_bits, group_size)
     if method == "clip":
         return clip_round(weight, row_bits, group_size, hessian, search)
     if method != "gptq":

@@ -18,7 +18,7 @@ class RoundedWeight:
         scale: bfloat16 (N, G).
         zero_point: uint8 (N, G).
         group_size: inputs per scale.
-        method: the algorithm that was really used, "rtn", "clip" or "gptq".
+        method: the algorithm that was really used, "rtn", "clip", "gptq" or "hqq".
         note: empty, or why the algorithm is another one than asked for, or which damping it needed.
     """
 
