@@ -37,7 +37,7 @@ def obq(weight: Tensor, bits: Tensor, hessian: Tensor, order: list[list[int]], c
     for group in order:
         block = w[:, group].float()
         if clip:
-            grid = search_grid(block, bits, hessian[group][:, group], ClipSearch())
+            grid = search_grid(block, bits, hessian.diagonal()[group], ClipSearch())
         else:
             grid = qparams_from_range(block.amin(1, keepdim=True), block.amax(1, keepdim=True), bits)
         scale, zero = (part.double() for part in grid)

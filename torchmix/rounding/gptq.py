@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchmix.primitives import SCALE_DTYPE, code_limits
-from torchmix.rounding.clip_search import NO_CLIP, ClipSearch, clip_round, round_columns, search_grid
+from torchmix.rounding.clip_search import ClipSearch, clip_round, round_columns, search_grid
 from torchmix.rounding.rounded_weight import RoundedWeight
 
 PERCDAMP = 0.01
@@ -46,7 +46,7 @@ def gptq_round(
         group_size: inputs per scale.
         hessian: float32 (K, K), (2 / T) * sum of x xᵀ; any factor in front gives the same codes.
         percdamp: this fraction of mean(diag H) is added to the diagonal.
-        search: clip factors tried inside GPTQ; :data:`NO_CLIP` for none.
+        search: clip factors tried inside GPTQ, by default the paper's.
         group_reorder: visit groups by falling sum of diag(H).
     """
     weight, search = weight.float(), search or ClipSearch()
@@ -62,10 +62,10 @@ def gptq_round(
         rounded = clip_round(weight, row_bits, group_size, None, search)
         return RoundedWeight(rounded.codes, rounded.scale, rounded.zero_point, group_size, "clip", note)
 
+    diagonal = hessian.diagonal()
+
     def choose_grid(block: Tensor, columns: slice) -> Grid:
-        inputs = order[columns]
-        block_hessian = None if search is NO_CLIP else hessian[inputs][:, inputs]
-        return search_grid(block, row_bits, block_hessian, search)
+        return search_grid(block, row_bits, diagonal[order[columns]], search)
 
     limits = tuple(limit[:, None] for limit in code_limits(row_bits))
 
