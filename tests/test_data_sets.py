@@ -40,7 +40,9 @@ def tokenizer() -> ByteTokenizer:
 
 
 @pytest.fixture
-def datasets() -> Any:
+def datasets(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package, and a hub that answers."""
+    monkeypatch.setattr("torchmix.data_sets.why_unreachable", lambda name: "")
     return pytest.importorskip("datasets")
 
 
@@ -95,6 +97,19 @@ def test_a_name_out_of_reach(datasets, tokenizer, monkeypatch, kind):
     expected = FileNotFoundError if kind is ConnectionError else ValueError
     with pytest.raises(expected, match=r"'org/set'.*no route.*local \.txt or \.jsonl.*HF_HUB_OFFLINE"):
         stream_of("org/set", tokenizer)
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(datasets, tokenizer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("torchmix.data_sets.why_unreachable", lambda name: asked.append(name) or "no route")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("waited for the hub"))
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"'org/set:part'.*no such file.*no route.*local \.txt or \.jsonl.*HF_HUB_OFFLINE",
+    ):
+        stream_of("org/set:part", tokenizer)
+    assert asked == ["org/set"]
 
 
 def test_without_the_package(tokenizer, monkeypatch):

@@ -267,7 +267,37 @@ def test_places_that_are_no_model(tmp_path, monkeypatch):
         load_tokenizer(tmp_path / "empty")
 
 
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    """No hub, and no waiting for it."""
+    monkeypatch.setattr(huggingface, "why_unreachable", lambda name: "https://hub.example: no route")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} s for the hub"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_mistyped_name_fails_at_once():
+    expected = (
+        r"no/such-model: .*no such directory.*does not answer \(https://hub\.example: no route\); check"
+    )
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match=expected):
+            load("no/such-model")
+    assert model_directory("no/such-model") is None
+
+
+def test_without_the_hub_only_downloaded_files_are_looked_through(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda name, **options: asked.append(options)
+    )
+    for reason in ("no route", ""):
+        monkeypatch.setattr(huggingface, "why_unreachable", lambda name, reason=reason: reason)
+        load_tokenizer("some/model")
+    assert asked == [{"local_files_only": True}, {}]
+
+
 def test_directories_of_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "why_unreachable", lambda name: "")
     assert model_directory(tmp_path) == tmp_path
     assert model_directory("no/such-model", local_files_only=True) is None
     asked = {}

@@ -1,7 +1,7 @@
 """Token samples for calibration and evaluation, from text, chats, files, data sets or token ids (L5).
 
-The only module that imports ``datasets``, and only where a data set is named. A tokenizer is anything called
-as ``tokenizer(text, add_special_tokens=False)["input_ids"]`` (every transformers tokenizer).
+Data sets are read by :mod:`torchmix.data_sets`, which needs a package of its own. A tokenizer is anything called as
+``tokenizer(text, add_special_tokens=False)["input_ids"]`` (every transformers tokenizer).
 
 Shapes: S samples, L tokens per sample.
 """
@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from torchmix.data_sets import dataset_rows
 
 READ_AHEAD = 16
 """Documents are read in order until there are this many times the tokens asked for."""
@@ -163,7 +165,7 @@ def _open_path(data: str | os.PathLike[str]) -> tuple[Iterable[Any], str]:
     if not text.strip():
         raise ValueError(f"data={text!r} names nothing; give a path or the name of a data set")
     if os.path.isdir(path):
-        return _dataset_rows(text, path), path.name
+        return dataset_rows(text, path), path.name
     if os.path.exists(path):
         return _file_items(path), path.name
     if isinstance(data, os.PathLike) or _ends_like_file(text):
@@ -172,7 +174,7 @@ def _open_path(data: str | os.PathLike[str]) -> tuple[Iterable[Any], str]:
         raise ValueError(
             f"data={text[:60]!r} is neither a path nor the name of a data set; put texts in a list: [text]"
         )
-    return _dataset_rows(text, None), text
+    return dataset_rows(text, None), text
 
 
 def _path(data: str | os.PathLike[str]) -> Path:
@@ -190,7 +192,7 @@ def _file_items(path: Path) -> Iterable[Any]:
     """One text, or the records of a .jsonl, .json or .parquet file."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _dataset_rows(str(path), path)
+        return dataset_rows(str(path), path)
     text = _read_text(path)
     if suffix in {".jsonl", ".ndjson"}:
         lines = enumerate(text.split("\n"), start=1)  # not splitlines: JSON strings may hold U+2028
@@ -220,38 +222,6 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         value = f"byte {error.start} (0x{content[error.start]:02x})"
         raise ValueError(f"{path}: {value} is not UTF-8; convert it, as with iconv -t utf-8") from error
-
-
-def _dataset_rows(name: str, path: Path | None) -> Iterator[Any]:
-    """Rows of the train split of a local file, a local directory, or a data set on the hub ("name:config").
-
-    Hub data sets are streamed, so that only what is read is downloaded; offline they come from the cache.
-    """
-    try:
-        import datasets  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise ImportError(
-            f'data set {name!r} needs a package: pip install "torchmix[data]"; or give a .txt or .jsonl file'
-        ) from error
-    try:
-        if path is None:
-            repository, _, config = name.partition(":")
-            streaming = not datasets.config.HF_HUB_OFFLINE
-            yield from datasets.load_dataset(repository, config or None, split="train", streaming=streaming)
-        elif path.is_file():
-            yield from datasets.load_dataset("parquet", data_files=str(path), split="train")
-        elif (path / "dataset_dict.json").exists():
-            yield from datasets.load_from_disk(str(path))["train"]
-        elif (path / "state.json").exists():
-            yield from datasets.load_from_disk(str(path))
-        else:
-            yield from datasets.load_dataset(str(path), split="train")
-    except Exception as error:
-        kind = FileNotFoundError if path is None and isinstance(error, OSError) else ValueError
-        raise kind(
-            f"data set {name!r} (split train) cannot be read: {type(error).__name__}: {error}; give a local "
-            f".txt or .jsonl file, or set HF_HUB_OFFLINE=1 where the data set is in the local cache"
-        ) from error
 
 
 def _read(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from torchmix.checkpoint_format import QUANT_METHOD
+from torchmix.hub import why_unreachable
 
 logger = logging.getLogger(__name__)
 MIN_TRANSFORMERS = "5.23"
@@ -49,7 +50,8 @@ def load_model(
 
     Raises:
         ImportError: transformers is not installed.
-        FileNotFoundError: no such directory, and no such id within reach.
+        FileNotFoundError: no such directory, and no such id within reach. Where the hub does not answer a first short
+            request, only what was downloaded before is looked through.
         ValueError: a directory that holds no model, or a damaged checkpoint.
     """
     transformers = _transformers()
@@ -57,15 +59,19 @@ def load_model(
     path = Path(name_or_directory)
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{path} is not the directory of a model: it has no config.json")
+    unreachable = why_unreachable(name_or_directory)
+    local = {"local_files_only": True} if unreachable else {}
     try:
-        config = transformers.AutoConfig.from_pretrained(str(name_or_directory))
+        config = transformers.AutoConfig.from_pretrained(str(name_or_directory), **local)
         names = config.architectures or []
         fallback = transformers.AutoModelForCausalLM
         factory = getattr(transformers, names[0], fallback) if names else fallback
         model, info = factory.from_pretrained(
-            str(name_or_directory), dtype=dtype or "auto", output_loading_info=True
+            str(name_or_directory), dtype=dtype or "auto", output_loading_info=True, **local
         )
     except (OSError, RuntimeError) as error:
+        if unreachable:
+            raise _not_found(name_or_directory, "the model cannot be loaded", unreachable) from error
         kind = FileNotFoundError if not path.exists() else ValueError
         raise kind(f"{name_or_directory}: the model cannot be loaded: {error}") from error
     if info["missing_keys"]:
@@ -82,12 +88,17 @@ def load_tokenizer(name_or_directory: str | os.PathLike[str]) -> Any:
 
     Raises:
         ImportError: transformers is not installed.
+        FileNotFoundError: the hub does not answer, and nothing was downloaded before.
         ValueError: no tokenizer there.
     """
     transformers = _transformers()
+    unreachable = why_unreachable(name_or_directory)
+    local = {"local_files_only": True} if unreachable else {}
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(name_or_directory))
+        return transformers.AutoTokenizer.from_pretrained(str(name_or_directory), **local)
     except (OSError, ValueError, KeyError) as error:
+        if unreachable:
+            raise _not_found(name_or_directory, "no tokenizer can be loaded", unreachable) from error
         raise ValueError(f"{name_or_directory}: no tokenizer can be loaded: {error}") from error
 
 
@@ -103,7 +114,9 @@ def model_directory(
     path = Path(name_or_directory)
     if path.is_dir():
         return path
-    found = _transformers().utils.cached_file(
+    transformers = _transformers()
+    local_files_only = local_files_only or bool(why_unreachable(name_or_directory))
+    found = transformers.utils.cached_file(
         str(name_or_directory),
         "config.json",
         local_files_only=local_files_only,
@@ -111,6 +124,15 @@ def model_directory(
         _raise_exceptions_for_connection_errors=not local_files_only,
     )
     return Path(found).parent if found else None
+
+
+def _not_found(name: str | os.PathLike[str], what: str, unreachable: str) -> FileNotFoundError:
+    """The error where only downloaded files could be looked through."""
+    return FileNotFoundError(
+        f"{name}: {what}: there is no such directory, it is not among the models downloaded to this machine, and the "
+        f"hub does not answer ({unreachable}); check the spelling, give the directory of a model, or connect to the "
+        "network"
+    )
 
 
 def _transformers() -> Any:
