@@ -128,6 +128,8 @@ def mixllm_config(
         model: the model that will be quantized; needed when the plan holds experts or ``Conv1D`` weights and was
             not made by a calibration of this very model, or when layers of equal weights are treated differently.
 
+    Warns where ``quantize_`` would do nothing, as in a model of ``Conv1D`` layers alone, and says what to write.
+
     Raises:
         ValueError: for settings that contradict each other, a calibration of another model than the plan's, or
             a plan that holds weights which ``quantize_`` does not show, without a model to find them in.
@@ -150,7 +152,22 @@ def mixllm_config(
             )
         selection = select_parameters(found, include=list(plan.layers) if plan is not None else ())
         config._pending = [target for target in selection.targets if target.name in set(hidden)]
+    if found is not None:
+        _warn_where_nothing_is_shown(found, plan)
     return config
+
+
+def _warn_where_nothing_is_shown(model: nn.Module, plan: BitPlan | None) -> None:
+    """quantize_ never calls the handler for a model without any ``nn.Linear``: say so, and what to write instead."""
+    if any(isinstance(module, nn.Linear) for module in model.modules()):
+        return
+    first = "" if plan is not None else "pass a plan, as of calibrate(model, data).plan(bits=4.5), and "
+    warnings.warn(
+        f"{type(model).__name__} has no nn.Linear, and quantize_ by itself looks at nothing else, so it would leave "
+        f"the model untouched without an error; {first}call quantize_(model, config, filter_fn=lambda module, name: "
+        "True)",
+        stacklevel=3,
+    )
 
 
 def _planned(config: MixLLMConfig) -> list[LayerPlan]:
