@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmix.capture import HessianAccumulator, LinearCall, LinearCalls
 from torchmix.primitives import choose_qparams, dequantize, quantize
 from torchmix.salience import METRICS
-from torchmix.scoring import SalienceRecorder, data_free_scores, rounding_error
+from torchmix.scoring import SalienceRecorder, data_free_scores, rounding_errors
 from torchmix.selection import Target
 
 WIDTHS = (3, 8)
@@ -54,8 +54,8 @@ def record(model: nn.Module, recorder: SalienceRecorder, targets: list[Target], 
 
 def test_rounding_error_is_that_of_round_to_nearest() -> None:
     weight = torch.randn(5, 20)
-    assert torch.equal(rounding_error(weight, 3, 8), error_by_hand(weight, 3))
-    assert rounding_error(weight.bfloat16(), 3, 8).dtype == torch.float32
+    assert torch.equal(rounding_errors(weight, [3], 8)[0], error_by_hand(weight, 3))
+    assert rounding_errors(weight.bfloat16(), [3], 8)[0].dtype == torch.float32
 
 
 def test_data_free_scores() -> None:
@@ -156,7 +156,7 @@ def test_experts_are_scored_apart() -> None:
 def test_the_first_layer_with_a_bad_input_is_named() -> None:
     model, targets = classifier()
     recorder = SalienceRecorder(targets, ["output_error"], WIDTHS, 8, None)
-    recorder.sample = 3
+    recorder.samples = [3]
     x = torch.randn(7, 20)
     x[2, 3] = float("nan")
     with pytest.raises(ValueError, match=r"0\.weight: the input of this layer is NaN.*sample 3"):

@@ -52,7 +52,7 @@ def test_first_layer_without_refit_is_gptq_on_int8_inputs(measured):
     """Nothing is quantized before the first layers, so only the activation quantizer changes their Hessian."""
     model, samples, _, plan = measured
     name = "model.layers.0.self_attn.q_proj.weight"
-    rounded = run(measured, SequentialRounding(128, False, refit=0.0))
+    rounded = run(measured, SequentialRounding(128, False, refit=0.0, refine=0))
     block = model.model.layers[0]
     with torch.no_grad():
         x = block.input_layernorm(model.model.embed_tokens(samples)).flatten(0, 1)

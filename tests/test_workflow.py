@@ -15,7 +15,7 @@ from tests.generators import TinyLM, tiny_gpt2, tiny_mixtral, token_ids
 from torchmix.calibration import Calibration
 from torchmix.evaluation import kl_divergence
 from torchmix.salience import METRICS
-from torchmix.scoring import data_free_scores, rounding_error
+from torchmix.scoring import data_free_scores, rounding_errors
 from torchmix.selection import select_parameters
 from torchmix.workflow import calibrate, calibration_mode, fill_dead_experts
 
@@ -67,7 +67,7 @@ def test_what_is_measured() -> None:
     assert hessian is not None
     expected = 2 / len(x) * x.double().T @ x.double()
     assert torch.allclose(hessian.double(), expected, rtol=1e-5, atol=1e-6 * float(expected.diagonal().max()))
-    error = x @ rounding_error(model.blocks[1].down.weight.detach(), 3, 128).T
+    error = x @ rounding_errors(model.blocks[1].down.weight.detach(), [3], 128)[0].T
     expected = error.double().square().sum(0)
     found = calibration.layers["blocks.1.down.weight"].scores["output_error"][:, 0]
     assert torch.allclose(found, expected, rtol=1e-5)
@@ -102,7 +102,7 @@ def test_scores_are_those_of_real_gradients(metric: str) -> None:
     weight = model.blocks[0].gate.weight
     outputs: list[Tensor] = []
     hook = model.blocks[0].gate.register_forward_hook(lambda *args: outputs.append(args[2]))
-    delta = rounding_error(weight.detach(), 3, 128)
+    delta = rounding_errors(weight.detach(), [3], 128)[0]
     if metric == "mixllm":
         (gradient,) = torch.autograd.grad(loss, weight)
         a = (gradient.double() * delta).sum(1)
@@ -132,7 +132,7 @@ def test_predicted_kl_is_what_is_measured(bits: int, sharpness: float) -> None:
     rounded = copy.deepcopy(model)
     for name, parameter in rounded.named_parameters():
         if name in plan.layers:
-            parameter += rounding_error(parameter, bits, 128)
+            parameter += rounding_errors(parameter, [bits], 128)[0]
     measured = kl_divergence(model(ids).flatten(0, 1), rounded(ids).flatten(0, 1)).mean()
     assert plan.predicted_kl is not None
     assert 1 / 1.3 < plan.predicted_kl / float(measured) < 1.3
@@ -304,7 +304,7 @@ def test_any_module_through_its_loss() -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
     x = torch.cat(batches[:3])
     y = model(x)
-    error = model[1](model[0](x)).detach() @ rounding_error(model[2].weight.detach(), 3, 128).T
+    error = model[1](model[0](x)).detach() @ rounding_errors(model[2].weight.detach(), [3], 128)[0].T
     expected = (2 * y.detach() * error).double().square().sum(0)  # dL/dy = 2 y
     assert torch.allclose(calibration.layers["2.weight"].scores["fisher_token"][:, 0], expected, rtol=1e-4)
     assert calibration.layers["0.weight"].tokens == (27,)
@@ -342,7 +342,7 @@ def test_conv1d_of_gpt2() -> None:
     assert hessian is not None
     assert torch.allclose(hessian, 2 / 48 * x.T @ x, rtol=1e-4, atol=1e-3)
     scores = run(model, salience="output_error", widths=(3,)).layers[name].scores["output_error"][:, 0]
-    error = x @ rounding_error(module.weight.detach().t(), 3, 128).T
+    error = x @ rounding_errors(module.weight.detach().t(), [3], 128)[0].T
     assert torch.allclose(scores, error.double().square().sum(0), rtol=1e-4)
 
 

@@ -28,46 +28,12 @@ from torchmix.allocation import (
     allocate,
     top_rows,
 )
+from torchmix.calibration_statistics import FORMAT_VERSION, KIND, LayerStatistics, check_header
 from torchmix.salience import METRICS
 from torchmix.selection import matches
 
-FORMAT_VERSION = 1
-KIND = "torchmix.Calibration"
 PAPER_WIDTHS = (4, 8)
 Bounds = Mapping[str, int]
-
-
-@dataclass(frozen=True, eq=False)
-class LayerStatistics:
-    """What was measured for one weight.
-
-    Attributes:
-        name: fully qualified name of the parameter.
-        shape: its shape as the model stores it.
-        transposed: stored as (K, N) or (E, K, N).
-        fingerprint: :func:`torchmix.selection.weight_fingerprint` of the weight.
-        scores: metric -> float64 (N, W) or (E, N, W), summed over the calibration tokens.
-        hessian_keys: for each expert (or once) the key of its Hessian, "" where no token came by.
-        tokens: for each expert (or once) the tokens it saw.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    transposed: bool
-    fingerprint: str
-    scores: dict[str, Tensor] = field(repr=False)
-    hessian_keys: tuple[str, ...] = field(repr=False)
-    tokens: tuple[int, ...] = field(repr=False)
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.shape[-2] if self.transposed else self.shape[-1]
-
-    @property
-    def rows_shape(self) -> tuple[int, ...]:
-        """(N,) or (E, N)."""
-        return (*self.shape[:-2], self.shape[-1] if self.transposed else self.shape[-2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +46,14 @@ class Calibration:
         widths: the widths that have scores, rising.
         group_size: inputs per scale.
         hessians: key -> float32 (K, K), (2 / T) sum of x xᵀ; layers with the same input share a key.
-        tokens: calibration tokens whose loss was differentiated; 0 without data.
+        tokens: calibration tokens whose scores were added up; 0 without data.
         source: where the calibration tokens came from.
         data_sha256: hash of the calibration tokens, "" without data.
         samples: int64 (S, L), the calibration tokens themselves, which sequential rounding runs on; None for data
             that went through a loss function.
+        token_weights: key of a Hessian -> float16 (S, L), how much an output error at each token matters to the loss,
+            mean 1 (:func:`torchmix.salience.gradient_weights`); empty where no gradients were taken.
+        scored_rounding: "gptq" where scores are of the error that GPTQ leaves, "rtn" for round to nearest.
         model: weak reference to the model that was measured; None for a calibration read from a file.
     """
 
@@ -97,6 +66,8 @@ class Calibration:
     source: str = "no data"
     data_sha256: str = ""
     samples: Tensor | None = field(default=None, repr=False)
+    token_weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    scored_rounding: str = "rtn"
     model: Callable[[], nn.Module | None] | None = field(default=None, repr=False)
 
     @property
@@ -107,6 +78,11 @@ class Calibration:
     def hessian(self, name: str, expert: int = 0) -> Tensor | None:
         """Hessian of a layer (of one expert), float32 (K, K); None when there is none."""
         return self.hessians.get(self.layers[name].hessian_keys[expert])
+
+    def weights_by_layer(self) -> dict[str, Tensor]:
+        """Token weights by parameter name, float16 (S, L); of the layers that have them."""
+        keys = {name: layer.hessian_keys[0] for name, layer in self.layers.items()}
+        return {name: self.token_weights[key] for name, key in keys.items() if key in self.token_weights}
 
     def experts_without_tokens(self) -> dict[str, list[int]]:
         """Experts that no calibration token reached, by layer; their scores and Hessians are substitutes."""
@@ -121,6 +97,7 @@ class Calibration:
         bits: float | None = None,
         *,
         rows_at_8_bits: float | None = None,
+        per_layer: bool = False,
         widths: tuple[int, ...] | None = None,
         salience: str | None = None,
         row_multiple: int = 1,
@@ -136,6 +113,7 @@ class Calibration:
                 only one width is allowed.
             rows_at_8_bits: instead of a budget, the paper's setting: this share (0..1) of all rows, those with the
                 highest 4-bit scores, gets 8 bits and the rest 4 (MixLLM, arXiv 2412.14590, Algorithm 1).
+            per_layer: with ``rows_at_8_bits``, take that share of every layer instead of ranking all layers together.
             widths: widths to choose from, by default all that were scored.
             salience: metric to rank by, by default the first that was measured.
             row_multiple: rows of each width per layer come in multiples of this.
@@ -158,7 +136,11 @@ class Calibration:
                     f"rows_at_8_bits={rows_at_8_bits} fixes the widths {PAPER_WIDTHS}, the size and the rows; leave "
                     f"out bits ({bits}), widths ({widths}), row_multiple, tensor_parallel, min_bits, max_bits, fixed"
                 )
-            return self._paper_plan(metric, rows_at_8_bits)
+            return self._paper_plan(metric, rows_at_8_bits, per_layer)
+        if per_layer:
+            raise ValueError(
+                "per_layer=True goes with rows_at_8_bits; give rows_at_8_bits=0.10, or leave it out"
+            )
         widths = asked or self.widths
         if len(widths) == 1 and bits is None and not any(bounds):
             return self._bit_plan(metric, self._uniform(widths[0]), widths, row_multiple, tensor_parallel)
@@ -229,10 +211,12 @@ class Calibration:
             )
         return tuple(choices)
 
-    def _paper_plan(self, metric: str, share: float) -> BitPlan:
+    def _paper_plan(self, metric: str, share: float, per_layer: bool) -> BitPlan:
         column = self._columns((4,))[0]
         scores = {name: layer.scores[metric][..., column] for name, layer in self.layers.items()}
-        return self._bit_plan(metric, top_rows(scores, share), PAPER_WIDTHS)
+        rankings = [{name: score} for name, score in scores.items()] if per_layer else [scores]
+        row_bits = {name: bits for ranking in rankings for name, bits in top_rows(ranking, share).items()}
+        return self._bit_plan(metric, row_bits, PAPER_WIDTHS)
 
     def _bit_plan(
         self,
@@ -278,6 +262,8 @@ class Calibration:
         for name, layer in self.layers.items():
             for metric, scores in layer.scores.items():
                 tensors[f"score/{metric}/{name}"] = scores.contiguous()
+        for key, weights in self.token_weights.items():
+            tensors[f"token_weights/{key}"] = weights.contiguous()
         if self.samples is not None:
             tensors["samples"] = self.samples.contiguous()
         target = Path(path)
@@ -302,18 +288,9 @@ class Calibration:
             "tokens": self.tokens,
             "source": self.source,
             "data_sha256": self.data_sha256,
+            "scored_rounding": self.scored_rounding,
             "excluded": [exclusion.to_dict() for exclusion in self.excluded],
-            "layers": [
-                {
-                    "name": layer.name,
-                    "shape": layer.shape,
-                    "transposed": layer.transposed,
-                    "fingerprint": layer.fingerprint,
-                    "hessian_keys": layer.hessian_keys,
-                    "tokens": layer.tokens,
-                }
-                for layer in self.layers.values()
-            ],
+            "layers": [layer.to_header() for layer in self.layers.values()],
         }
 
     @classmethod
@@ -330,7 +307,7 @@ class Calibration:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                header = _check_header(path, (file.metadata() or {}).get("torchmix"))
+                header = check_header(path, (file.metadata() or {}).get("torchmix"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             return _from_parts(header, tensors)
         except (SafetensorError, KeyError, TypeError) as error:
@@ -342,49 +319,24 @@ def _from_parts(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibrati
     for entry in header["layers"]:
         name = entry["name"]
         scores = {metric: tensors[f"score/{metric}/{name}"] for metric in header["salience"]}
-        layer = layers[name] = LayerStatistics(
-            name,
-            tuple(entry["shape"]),
-            entry["transposed"],
-            entry["fingerprint"],
-            scores,
-            tuple(entry["hessian_keys"]),
-            tuple(entry["tokens"]),
-        )
-        expected = (*layer.rows_shape, len(header["widths"]))
-        for metric, score in scores.items():
-            if tuple(score.shape) != expected:
-                raise TypeError(
-                    f"{name}: the {metric} scores have shape {tuple(score.shape)} instead of {expected}"
-                )
-    prefix = "hessian/"
+        layers[name] = LayerStatistics.from_header(entry, scores, len(header["widths"]))
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
     return Calibration(
         layers,
         tuple(Exclusion.from_dict("excluded", entry) for entry in header["excluded"]),
         tuple(header["widths"]),
         header["group_size"],
-        {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)},
+        under("hessian/"),
         header["tokens"],
         header["source"],
         header["data_sha256"],
         tensors.get("samples"),
+        under("token_weights/"),
+        header.get("scored_rounding", "rtn"),
     )
-
-
-def _check_header(path: str | os.PathLike[str], text: str | None) -> dict[str, Any]:
-    """Parse the JSON header; refuse other kinds and versions."""
-    try:
-        header = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the header is not JSON ({error}); calibrate again") from error
-    if not isinstance(header, dict) or header.get("kind") != KIND:
-        raise ValueError(f"{path}: not a torchmix calibration; make one with calibrate(...).save(path)")
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: calibration format version {header.get('format_version')!r} is unknown, this torchmix reads "
-            f"version {FORMAT_VERSION}; use a matching torchmix or calibrate again"
-        )
-    return header
 
 
 def _bound(name: str, bounds: Bounds) -> int | None:

@@ -25,12 +25,12 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchmix.accounting import budget_in_bits, check_group_size, width_costs
 from torchmix.allocation import AllocationProblem, BitPlan, LayerChoices, LayerPlan, allocate
 from torchmix.calibration import Calibration
-from torchmix.capture import NotReplayableError
+from torchmix.config_sequential import original_model, round_plan_sequentially
 from torchmix.layer_quantization import LayerRecord, quantize_target
-from torchmix.rounding import DEFAULT_REFIT, ROUNDING_METHODS, RoundedWeight
+from torchmix.rounding import DEFAULT_REFINE, DEFAULT_REFIT, ROUNDING_METHODS, RoundedWeight
 from torchmix.scoring import data_free_scores
 from torchmix.selection import MIN_IN_FEATURES, Target, check_target, select_parameters, weight_fingerprint
-from torchmix.sequential import SequentialRounding, round_sequentially
+from torchmix.sequential import SequentialRounding
 from torchmix.tensor import MixedPrecisionTensor
 from torchmix.tensor.module_repr import show_quantized_weights
 
@@ -51,13 +51,15 @@ class MixLLMConfig(AOBaseConfig):
     Args:
         `plan`: row widths of every layer; None ranks the rows of each layer by their own rounding error.
         `calibration`: Hessians for GPTQ; None rounds without data.
-        `rounding`: "rtn", "clip" (clip search), "gptq", or "sequential": GPTQ layer after layer on inputs from the
-            layers quantized before, with refit, which is better and takes some passes over the model. None takes
-            "gptq" where there are Hessians, else "clip".
+        `rounding`: "rtn", "hqq", "clip" (clip search), "gptq", or "sequential": GPTQ layer after layer on inputs from
+            the layers quantized before, with refit. None takes the best there is: "sequential" where the calibration
+            holds Hessians and tokens and the original model can be run, "gptq" without a model, "clip" without
+            Hessians.
         `group_size`: inputs per scale, used without a plan.
         `activation_group`: "group" for one activation scale per token and group, "token" for one per token.
         `bits`: budget per layer in bits per weight, used without a plan.
         `refit`: of sequential rounding, the share (0..1) of the correction for errors of earlier layers.
+        `refine`: rounds of refinement after GPTQ (:mod:`torchmix.rounding.refine`), 0 for plain GPTQ.
         `records`: filled while quantizing, one :class:`LayerRecord` per layer.
         `progress`: called as ``progress(layers_done, layers_in_all, name)``.
         `version`: of this configuration class.
@@ -70,6 +72,7 @@ class MixLLMConfig(AOBaseConfig):
     activation_group: Granularity = "group"
     bits: float = DATA_FREE_BITS
     refit: float = DEFAULT_REFIT
+    refine: int = DEFAULT_REFINE
     records: list[LayerRecord] = field(default_factory=list, repr=False)
     progress: Callable[[int, int, str], None] | None = field(default=None, repr=False)
     version: int = 1
@@ -80,6 +83,8 @@ class MixLLMConfig(AOBaseConfig):
             raise ValueError(f"rounding={self.rounding!r} is not known; choose one of {ROUNDING_NAMES}")
         if not 0.0 <= self.refit <= 1.0:
             raise ValueError(f"refit={self.refit!r} must lie in 0..1; 0.5 is the usual choice")
+        if self.refine < 0:
+            raise ValueError(f"refine={self.refine!r} must be 0 or more rounds; 3 is the usual choice")
         if self.activation_group not in ("group", "token"):
             raise ValueError(f"activation_group={self.activation_group!r} must be 'group' or 'token'")
         check_group_size(self.group_size)
@@ -100,6 +105,7 @@ class MixLLMConfig(AOBaseConfig):
         self._done: dict[int, tuple[Any, nn.Parameter]] = {}
         self._model: Any = None  # weak reference to the model whose experts are quantized along
         self._modules: frozenset[int] = frozenset()  # ids of its modules
+        self._original: Any = None  # weak reference to the model that sequential rounding runs
         self._pending: list[Target] = []
         self._names: dict[int, tuple[Any, str]] = {}  # id of a parameter -> weak reference and name
         self._warned = False
@@ -116,6 +122,7 @@ def mixllm_config(
     activation_group: Granularity = "group",
     bits: float = DATA_FREE_BITS,
     refit: float = DEFAULT_REFIT,
+    refine: int = DEFAULT_REFINE,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> MixLLMConfig:
     """Configuration for ``quantize_(model, mixllm_config(plan, calibration))``.
@@ -124,9 +131,11 @@ def mixllm_config(
     budget holds for each layer, and rounding is a clip search; one warning says what was done without.
 
     Args:
-        plan, calibration, rounding, group_size, activation_group, bits, refit, progress: see :class:`MixLLMConfig`.
+        plan, calibration, rounding, group_size, activation_group, bits, refit, refine, progress:
+            see :class:`MixLLMConfig`.
         model: the model that will be quantized; needed when the plan holds experts or ``Conv1D`` weights and was
-            not made by a calibration of this very model, or when layers of equal weights are treated differently.
+            not made by a calibration of this very model, when layers of equal weights are treated differently, or for
+            sequential rounding with a calibration from a file.
 
     Warns where ``quantize_`` would do nothing, as in a model of ``Conv1D`` layers alone, and says what to write.
 
@@ -135,13 +144,24 @@ def mixllm_config(
             a plan that holds weights which ``quantize_`` does not show, without a model to find them in.
     """
     config = MixLLMConfig(
-        plan, calibration, rounding, group_size, activation_group, bits, refit, progress=progress
+        plan, calibration, rounding, group_size, activation_group, bits, refit, refine, progress=progress
     )
     hidden = [] if plan is None else [name for name, layer in plan.layers.items() if _is_hidden(layer)]
     found = model if model is not None else _model_of(calibration)
     if found is not None:
         config._names = {id(p): (weakref.ref(p), name) for name, p in found.named_parameters()}
-    if found is not None and (hidden or rounding == SEQUENTIAL):
+    if calibration is not None and calibration.hessians:
+        config._original, missing = original_model(calibration, plan, found)
+        if config._original is None and rounding == SEQUENTIAL:
+            raise ValueError(
+                f"rounding='{SEQUENTIAL}' runs the original model on the calibration tokens, but {missing}; pass "
+                "mixllm_config(..., model=model) with a calibration of token data, or choose rounding='gptq'"
+            )
+        if config._original is not None and rounding is None:
+            config._method = SEQUENTIAL
+        elif rounding is None:
+            logger.warning("rounding with one-shot GPTQ instead of layer after layer: %s", missing)
+    if found is not None and hidden:
         config._model = weakref.ref(found)
         config._modules = frozenset(id(module) for module in found.modules())
     if hidden:
@@ -196,7 +216,7 @@ def _check_same_model(plan: BitPlan, calibration: Calibration) -> None:
 @register_quantize_module_handler(MixLLMConfig)
 def _quantize_module(module: nn.Module, config: MixLLMConfig, *, parameter_name: str = "weight") -> nn.Module:
     """Handler of ``quantize_``: replaces one parameter of one module."""
-    _round_in_sequence(module, config)
+    _round_in_sequence(config)
     _quantize_pending(module, config)
     weight = getattr(module, parameter_name, None)
     if not isinstance(weight, nn.Parameter) or weight.dim() not in (2, 3):
@@ -282,7 +302,14 @@ def _quantize_target(target: Target, row_bits: Tensor, config: MixLLMConfig) -> 
     ]
     ready = config._rounded.get(target.name)
     quantized, record = quantize_target(
-        target, row_bits, group_size, method, hessians, config.activation_group == "token", ready
+        target,
+        row_bits,
+        group_size,
+        method,
+        hessians,
+        config.activation_group == "token",
+        ready,
+        config.refine,
     )
     config.records.append(record)
     weight, parameter = target.weight, nn.Parameter(quantized, requires_grad=False)
@@ -297,30 +324,21 @@ def _report_progress(config: MixLLMConfig, done: Collection[str], name: str) -> 
         config.progress(len(done), len(config.plan.layers) if config.plan is not None else len(done), name)
 
 
-def _round_in_sequence(module: nn.Module, config: MixLLMConfig) -> None:
+def _round_in_sequence(config: MixLLMConfig) -> None:
     """Round the whole model layer after layer, once, when its first module comes by."""
     if config._method != SEQUENTIAL or config._rounded or config.plan is None:
         return
-    model = config._model() if config._model is not None else None
-    samples = None if config.calibration is None else config.calibration.samples
-    if model is None or id(module) not in config._modules or samples is None:
-        missing = "the calibration holds no tokens" if samples is None else "the model is not known"
-        raise ValueError(
-            f"rounding='{SEQUENTIAL}' runs the whole model on the calibration tokens, but {missing}; pass "
-            "mixllm_config(..., model=model) with a calibration of token data, or choose rounding='gptq'"
-        )
-    selection = select_parameters(model, include=list(config.plan.layers))
-    settings = SequentialRounding(config.plan.group_size, config.activation_group == "token", config.refit)
-    widths = {name: layer.row_bits for name, layer in config.plan.layers.items()}
-    try:
-        config._rounded = round_sequentially(
-            model, selection.targets, widths, samples, settings, partial(_report_progress, config)
-        )
-    except NotReplayableError as error:
-        logger.warning(
-            "%s cannot be rounded in sequence (%s): rounded with one-shot GPTQ", type(model).__name__, error
-        )
+    assert config.calibration is not None, "sequential rounding was chosen because there is a calibration"
+    settings = SequentialRounding(
+        config.plan.group_size, config.activation_group == "token", config.refit, config.refine
+    )
+    rounded = round_plan_sequentially(
+        config._original(), config.plan, config.calibration, settings, partial(_report_progress, config)
+    )
+    if rounded is None:
         config._method = "gptq"
+    else:
+        config._rounded = rounded
 
 
 def _quantize_data_free(module: nn.Module, parameter_name: str, config: MixLLMConfig) -> None:

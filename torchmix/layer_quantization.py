@@ -50,6 +50,7 @@ def quantize_target(
     hessians: Sequence[Tensor | None],
     per_token: bool,
     rounded: RoundedWeight | None = None,
+    refine: int = 0,
 ) -> tuple[MixedPrecisionTensor, LayerRecord]:
     """Round one weight, all its experts, and pack it. Notes of the rounding are logged as warnings.
 
@@ -61,6 +62,7 @@ def quantize_target(
         hessians: float32 (K, K) of each expert (or once); None where there is none: GPTQ then becomes clip search.
         per_token: granularity of the activation scales.
         rounded: the weight rounded already, in which case ``method`` and ``hessians`` are not used.
+        refine: rounds of refinement after GPTQ.
     """
     started = time.perf_counter()
     rows, row_bits = target.rows.detach(), row_bits.to(target.weight.device)
@@ -70,7 +72,7 @@ def quantize_target(
     else:
         weights, widths = (list(rows), list(row_bits)) if experts else ([rows], [row_bits])
         parts = [
-            _round(weight, bits, group_size, method, hessian)
+            _round(weight, bits, group_size, method, hessian, refine)
             for weight, bits, hessian in zip(weights, widths, hessians, strict=True)
         ]
     inner = [
@@ -97,14 +99,14 @@ def quantize_target(
 
 
 def _round(
-    weight: Tensor, row_bits: Tensor, group_size: int, method: str, hessian: Tensor | None
+    weight: Tensor, row_bits: Tensor, group_size: int, method: str, hessian: Tensor | None, refine: int
 ) -> RoundedWeight:
     """Round one weight (N, K); GPTQ without a Hessian, where no token came by, becomes clip search."""
     if method == "gptq" and hessian is None:
         rounded = round_weight(weight, row_bits, group_size, "clip")
         note = "no calibration token reached it: rounded with clip search instead of GPTQ"
         return replace(rounded, note=note)
-    return round_weight(weight, row_bits, group_size, method, hessian)
+    return round_weight(weight, row_bits, group_size, method, hessian, refine=refine)
 
 
 def merge_notes(notes: Sequence[str], experts: bool) -> tuple[str, ...]:

@@ -1,30 +1,44 @@
 """Sequential rounding (L5): GPTQ layer after layer, on inputs from the layers that are quantized already.
 
 A layer's Hessian is taken from what really reaches it in the quantized model, int8 activations included, and its
-rounding target is refitted to give the original outputs from there (:mod:`torchmix.rounding.refit`). Two streams of
-hidden states, of the original and of the quantized model, move forward block by block, so memory is bounded by one
-block and the hidden states of the calibration samples.
+rounding target is refitted to give the original outputs from there (:mod:`torchmix.rounding.refit`); a layer that
+writes to the residual stream also makes up for part of that stream's error. Two streams of hidden states, of the
+original and of the quantized model, move forward block by block, so memory is bounded by one block and the hidden
+states of the calibration samples.
 
-Shapes: S samples of L tokens, D hidden size, T = L tokens of a sample, N rows, K in_features.
+Shapes: S samples of L tokens, B samples of a chunk, D hidden size, T = B L tokens, N rows, K in_features.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from torchmix.capture import Block, LinearCall, LinearCalls, find_blocks, record_blocks
+from torchmix.capture import (
+    Block,
+    LinearCall,
+    QuantizedInputs,
+    ResidualAdds,
+    fake_quantize,
+    find_blocks,
+    record_blocks,
+)
 from torchmix.evaluation import evaluation_mode, model_logits
-from torchmix.ops import quantize_activation
-from torchmix.primitives import split_groups
-from torchmix.rounding import PERCDAMP, RoundedWeight, gptq_round, refit_target
+from torchmix.rounding import (
+    DEFAULT_REFINE,
+    PERCDAMP,
+    RoundedWeight,
+    gptq_round,
+    refine_rounding,
+    refit_target,
+)
 from torchmix.selection import Target
-from torchmix.tensor import MixedPrecisionTensor
 
+CHUNK_TOKENS = 8192  # tokens that go through a block together
 Progress = Callable[[Collection[str], str], None]
 
 
@@ -36,12 +50,14 @@ class SequentialRounding:
         group_size: inputs per scale.
         per_token: granularity of the activation scales.
         refit: shrinkage of the refit, 0 for none; 0.5 was best on held-out calibration text.
+        refine: rounds of refinement after GPTQ, 0 for none.
         percdamp: damping of GPTQ and of the refit.
     """
 
     group_size: int
     per_token: bool
     refit: float
+    refine: int = DEFAULT_REFINE
     percdamp: float = PERCDAMP
 
 
@@ -51,6 +67,7 @@ def round_sequentially(
     row_bits: Mapping[str, Tensor],
     samples: Tensor,
     settings: SequentialRounding,
+    token_weights: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, RoundedWeight]:
     """Round all 2-D weights that lie in the model's blocks; the model itself is not changed.
@@ -61,6 +78,8 @@ def round_sequentially(
         row_bits: name -> uint8 (N,).
         samples: int64 (S, L), the calibration tokens.
         settings: see :class:`SequentialRounding`.
+        token_weights: name -> float (S, L), weight of each token in the sums of this layer's input
+            (:func:`torchmix.salience.gradient_weights`); layers without an entry count all tokens alike.
         progress: called as ``progress(names_of_all_finished_layers, name)`` after each layer.
 
     Returns:
@@ -70,61 +89,142 @@ def round_sequentially(
         NotReplayableError: the model is not a chain of blocks.
     """
     plain = {target.name: target for target in targets if target.num_experts is None}
+    run = _Run(plain, row_bits, settings, token_weights or {}, progress)
     with evaluation_mode([model]), torch.no_grad():
+        chunk = max(1, CHUNK_TOKENS // samples.shape[1])
         blocks, hidden = record_blocks(
-            find_blocks(model, list(plain)),
-            lambda i: model_logits("the model", model, samples[i : i + 1]),
-            len(samples),
+            find_blocks(model, list(plain)), lambda ids: model_logits("the model", model, ids), samples, chunk
         )
-        rounded: dict[str, RoundedWeight] = {}
         streams = _Streams(hidden, list(hidden))
         for block in blocks:
-            inside = {name: t for name, t in plain.items() if name.startswith(f"{block.name}.")}
-            _round_block(block, inside, row_bits, streams, settings, rounded, progress)
-    return rounded
+            run.round_block(block, streams)
+    return run.rounded
 
 
 @dataclass
 class _Streams:
-    """Hidden states (1, L, D) of every sample at the next block, in the original and in the quantized model."""
+    """Hidden states (B, L, D) of every chunk at the next block, in the original and in the quantized model."""
 
     original: list[Tensor]
     quantized: list[Tensor]
 
 
-def _round_block(
-    block: Block,
-    targets: Mapping[str, Target],
-    row_bits: Mapping[str, Tensor],
-    streams: _Streams,
-    settings: SequentialRounding,
-    rounded: dict[str, RoundedWeight],
-    progress: Progress | None,
-) -> None:
-    """Round the layers of one block in the order in which they run, then move both streams past it."""
-    twin = copy.deepcopy(block.module)
-    weights = {name: target.weight for name, target in targets.items()}
-    for names in _layers_in_order(block, weights, streams.original[0]):
-        hessian, cross = _input_moments(block, twin, targets, names[0], streams, settings)
-        for name in names:
-            target, bits = targets[name], row_bits[name].to(hessian.device)
-            wanted, note = refit_target(
-                target.rows.float(), hessian, cross, settings.refit, settings.percdamp
+@dataclass(frozen=True)
+class _Inputs:
+    """Layers of a block that read the same input, in the order of their first calls.
+
+    Attributes:
+        names: the layers.
+        residual: whether the (only) layer's output is added to a residual stream.
+    """
+
+    names: list[str]
+    residual: bool
+
+
+@dataclass
+class _Moments:
+    """Sums over tokens, weighted: x~ x~ᵀ and x x~ᵀ (K, K), (r - r~) x~ᵀ (N, K) or None; all float32."""
+
+    hessian: Tensor
+    cross: Tensor
+    residual: Tensor | None
+
+
+@dataclass
+class _Run:
+    """What stays the same from block to block, and the layers rounded so far."""
+
+    targets: Mapping[str, Target]
+    row_bits: Mapping[str, Tensor]
+    settings: SequentialRounding
+    token_weights: Mapping[str, Tensor]
+    progress: Progress | None
+    rounded: dict[str, RoundedWeight] = field(default_factory=dict)
+
+    def round_block(self, block: Block, streams: _Streams) -> None:
+        """Round the layers of one block in the order in which they run, then move both streams past it."""
+        twin = copy.deepcopy(block.module)
+        weights = {n: t.weight for n, t in self.targets.items() if n.startswith(f"{block.name}.")}
+        int8 = QuantizedInputs(self.settings.group_size, self.settings.per_token)
+        for inputs in _inputs_in_order(block, weights, streams.original[0][:1]):
+            moments = self._moments(block, twin, int8, inputs, streams)
+            for name in inputs.names:
+                self.rounded[name] = self._round(name, moments)
+                weight = _twin_weight(block, twin, name)
+                rows = self.rounded[name].dequantize().to(weight.dtype)
+                weight.data.copy_(rows.T if self.targets[name].transposed else rows)
+                int8.add(weight)
+                if self.progress is not None:
+                    self.progress(self.rounded, name)
+        streams.original = [block.run(block.module, hidden) for hidden in streams.original]
+        with int8:
+            streams.quantized = [block.run(twin, hidden) for hidden in streams.quantized]
+
+    def _round(self, name: str, moments: _Moments) -> RoundedWeight:
+        """Refit, GPTQ and refinement of one layer."""
+        target, settings = self.targets[name], self.settings
+        bits = self.row_bits[name].to(moments.hessian.device)
+        wanted, note = refit_target(
+            target.rows.float(),
+            moments.hessian,
+            moments.cross,
+            settings.refit,
+            settings.percdamp,
+            moments.residual,
+        )
+        result = gptq_round(wanted, bits, settings.group_size, moments.hessian, percdamp=settings.percdamp)
+        if result.method == "gptq":
+            result = refine_rounding(
+                wanted, result, bits, moments.hessian, settings.refine, settings.percdamp
             )
-            result = gptq_round(wanted, bits, settings.group_size, hessian, percdamp=settings.percdamp)
-            method = "sequential" if result.method == "gptq" else result.method
-            rounded[name] = replace(result, method=method, note="; ".join(filter(None, (note, result.note))))
-            _place(twin, name.removeprefix(f"{block.name}."), target, rounded[name], bits, settings)
-            if progress is not None:
-                progress(rounded, name)
-    streams.original = [block.run(block.module, hidden) for hidden in streams.original]
-    streams.quantized = [block.run(twin, hidden) for hidden in streams.quantized]
+            result = replace(result, method="sequential")
+        return replace(result, note="; ".join(filter(None, (note, result.note))))
+
+    def _moments(
+        self, block: Block, twin: nn.Module, int8: QuantizedInputs, inputs: _Inputs, streams: _Streams
+    ) -> _Moments:
+        """Sums over all tokens of one input, in the original and in the quantized model."""
+        name, settings = inputs.names[0], self.settings
+        rows, device = self.targets[name].rows, self.targets[name].weight.device
+        out_features, in_features = rows.shape
+        moments = _Moments(
+            torch.zeros(in_features, in_features, device=device),
+            torch.zeros(in_features, in_features, device=device),
+            torch.zeros(out_features, in_features, device=device) if inputs.residual else None,
+        )
+        first = 0
+        for original, quantized in zip(streams.original, streams.quantized, strict=True):
+            x, r = _observe(block, block.module, name, self.targets[name].weight, original, inputs.residual)
+            with int8:
+                x_q, r_q = _observe(
+                    block, twin, name, _twin_weight(block, twin, name), quantized, inputs.residual
+                )
+            x_q = fake_quantize(x_q, settings.group_size, settings.per_token)
+            weighted = self._weighted(name, x_q, first, len(original))
+            first += len(original)
+            moments.hessian.addmm_(weighted.T, x_q)
+            moments.cross.addmm_(x.T, weighted)
+            if moments.residual is not None and r is not None and r_q is not None:
+                moments.residual.addmm_((r - r_q).T, weighted)
+        return moments
+
+    def _weighted(self, name: str, x: Tensor, first: int, samples: int) -> Tensor:
+        """Inputs (T, K) times the weights of their tokens."""
+        weights = self.token_weights.get(name)
+        if weights is None:
+            return x
+        return x * weights[first : first + samples].to(x).reshape(-1, 1)
 
 
-def _layers_in_order(block: Block, weights: Mapping[str, Tensor], hidden: Tensor) -> list[list[str]]:
-    """Names of the block's layers in the order of their calls; layers with one input together."""
+def _twin_weight(block: Block, twin: nn.Module, name: str) -> Tensor:
+    return twin.get_parameter(name.removeprefix(f"{block.name}."))
+
+
+def _inputs_in_order(block: Block, weights: Mapping[str, Tensor], hidden: Tensor) -> list[_Inputs]:
+    """The block's layers in the order of their calls; layers with one input together."""
     calls: list[LinearCall] = []
-    with LinearCalls(weights, calls.append):
+    with ResidualAdds(weights, calls.append) as adds:
         block.run(block.module, hidden)
     order: list[list[str]] = []
     last: Tensor | None = None
@@ -137,76 +237,36 @@ def _layers_in_order(block: Block, weights: Mapping[str, Tensor], hidden: Tensor
             else:
                 order.append([call.name])
         last = call.source
-    return order
-
-
-def _input_moments(
-    block: Block,
-    twin: nn.Module,
-    targets: Mapping[str, Target],
-    name: str,
-    streams: _Streams,
-    settings: SequentialRounding,
-) -> tuple[Tensor, Tensor]:
-    """H = sum of x~ x~ᵀ and G = sum of x x~ᵀ of one input: float32 (K, K) each."""
-    weight = targets[name].weight
-    in_twin = twin.get_parameter(name.removeprefix(f"{block.name}."))
-    in_features = targets[name].rows.shape[-1]
-    hessian = torch.zeros(in_features, in_features, device=weight.device)
-    cross = torch.zeros_like(hessian)
-    for original, quantized in zip(streams.original, streams.quantized, strict=True):
-        x = _input_of(block, block.module, name, weight, original)
-        x_q = _as_quantized(_input_of(block, twin, name, in_twin, quantized), settings)
-        hessian.addmm_(x_q.T, x_q)
-        cross.addmm_(x.T, x_q)
-    return hessian, cross
+    return [_Inputs(names, residual=len(names) == 1 and names[0] in adds.residuals) for names in order]
 
 
 class _Reached(Exception):
     """Stops a block at the layer that is asked about."""
 
 
-def _input_of(block: Block, module: nn.Module, name: str, weight: Tensor, hidden: Tensor) -> Tensor:
-    """Input (T, K) of one layer in float32; the block is not run further than to there."""
+def _observe(
+    block: Block, module: nn.Module, name: str, weight: Tensor, hidden: Tensor, residual: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Input (T, K) of one layer, and the residual stream (T, N) its output is added to; both float32.
+
+    The block is not run further than to there.
+    """
     found: list[Tensor] = []
 
     def observe(call: LinearCall) -> None:
-        found.append(call.x.float())
-        raise _Reached
+        if not found:
+            found.append(call.x.float())
+        if not residual:
+            raise _Reached
+
+    def added(_: str, stream: Tensor) -> None:
+        raise _Reached(stream)
 
     try:
-        with LinearCalls({name: weight}, observe):
+        with ResidualAdds({name: weight}, observe, added if residual else None):
             block.run(module, hidden)
-    except _Reached:
-        pass
-    return found[0]
-
-
-def _as_quantized(x: Tensor, settings: SequentialRounding) -> Tensor:
-    """What the quantized layer computes with: float32 (T, K) after int8 quantization."""
-    codes, scale, _ = quantize_activation(x, settings.group_size, settings.per_token)
-    groups = split_groups(codes.float(), settings.group_size) * scale[..., None]
-    return groups.flatten(1)[:, : x.shape[1]]
-
-
-def _place(
-    twin: nn.Module,
-    name: str,
-    target: Target,
-    rounded: RoundedWeight,
-    row_bits: Tensor,
-    settings: SequentialRounding,
-) -> None:
-    """Put a rounded weight into the copy of the block."""
-    module_name, _, parameter_name = name.rpartition(".")
-    weight = MixedPrecisionTensor.from_codes(
-        rounded.codes,
-        rounded.scale,
-        rounded.zero_point,
-        row_bits,
-        settings.group_size,
-        target.weight.dtype,
-        per_token=settings.per_token,
-        transposed=target.transposed,
-    )
-    setattr(twin.get_submodule(module_name), parameter_name, nn.Parameter(weight, requires_grad=False))
+    except _Reached as reached:
+        if residual:
+            stream = reached.args[0]
+            return found[0], stream.reshape(-1, stream.shape[-1]).float()
+    return found[0], None

@@ -5,6 +5,7 @@ Shapes: S samples of L tokens, N rows, K in_features, E experts, V vocabulary, W
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,16 +17,25 @@ from torch import Tensor, nn
 
 from torchmix.accounting import check_bits, check_group_size
 from torchmix.calibration import Calibration, LayerStatistics
-from torchmix.capture import HessianAccumulator, LinearCalls
+from torchmix.capture import HessianAccumulator, LinearCalls, NotReplayableError
 from torchmix.data import TokenSample, token_batches
 from torchmix.evaluation import evaluation_mode, model_logits
-from torchmix.salience import DATA_FREE, METRICS
-from torchmix.scoring import SalienceRecorder, data_free_scores
+from torchmix.salience import DATA_FREE, METRICS, gradient_weights
+from torchmix.scoring import (
+    SalienceRecorder,
+    check_differentiable,
+    check_logits,
+    data_free_scores,
+    token_losses,
+)
+from torchmix.scoring_blocks import calibrate_by_blocks
 from torchmix.selection import Selection, Target, select_parameters, weight_fingerprint
 
+logger = logging.getLogger(__name__)
 DEFAULT_WIDTHS = (3, 4, 5, 6, 8)
 DEFAULT_SALIENCE = "fisher_token"
 DEFAULT_SAMPLES = 128
+DEFAULT_SCORED_SAMPLES = 32
 DEFAULT_SEQUENCE_LENGTH = 2048
 Progress = Callable[[int, int], None]
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -45,13 +55,17 @@ def calibrate(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     loss_fn: LossFn | None = None,
+    scored_samples: int = DEFAULT_SCORED_SAMPLES,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure what quantizing each row at each width costs, and the layers' input statistics.
 
-    The model is left as it was: training mode, ``requires_grad`` flags, global random state.
+    A language model is measured block by block (:mod:`torchmix.scoring_blocks`): Hessians first, then GPTQ of every
+    layer at every width, thrown away after its errors are scored. A model that is no chain of blocks is run as a
+    whole, and the errors are then those of round to nearest. The model is left as it was: training mode,
+    ``requires_grad`` flags, global random state.
 
     Args:
         model: any module. Causal language models are called as ``model(input_ids)``; others need ``loss_fn``.
@@ -67,9 +81,12 @@ def calibrate(
         hessians: keep the Hessians that GPTQ needs, 4 K² bytes for each distinct layer input.
         include, exclude: patterns, see :func:`torchmix.selection.select_parameters`.
         loss_fn: (model, batch) -> scalar loss, summed over what the batch holds.
+        scored_samples: so many of the samples, evenly spread, are scored; scores settle with fewer tokens than
+            Hessians, and cost more.
         device: where to run; the model is moved there. By default where it is.
         seed: chooses the samples and draws the labels of metrics on the model's own predictions.
-        progress: called as ``progress(samples_done, samples_in_all)``.
+        progress: called as ``progress(steps_done, steps_in_all)``; a step is a block in one direction, or a sample
+            where the model runs as a whole.
 
     Raises:
         ValueError, TypeError: unusable options, data, patterns or weights; NaN or Inf names the first layer.
@@ -79,18 +96,25 @@ def calibrate(
     widths = tuple(sorted(set(widths)))
     if data is None:
         return _calibrate_without_data(model, selection, widths, group_size)
-    recorder = SalienceRecorder(
-        selection.targets, metrics, widths, group_size, HessianAccumulator() if hessians else None
-    )
+
+    def new_recorder() -> SalienceRecorder:
+        accumulator = HessianAccumulator() if hessians else None
+        return SalienceRecorder(selection.targets, metrics, widths, group_size, accumulator)
+
     origin: dict[str, Any] = {"source": f"{type(data).__name__} through loss_fn"}
     if loss_fn is None:
         sample = _token_sample(model, data, tokenizer, num_samples, sequence_length, seed)
-        tokens = _run_language_model(model, selection, recorder, sample, seed, progress)
+        recorder, tokens = _run_language_model(
+            model, selection, new_recorder, sample, scored_samples, seed, progress
+        )
         origin = {"source": sample.source, "data_sha256": sample.sha256, "samples": sample.input_ids}
+        origin["token_weights"] = _token_weights(recorder, sample)
     else:
+        recorder = new_recorder()
         tokens = _run_with_loss(model, selection, recorder, data, num_samples, loss_fn, progress)
     calibration = _collect(selection, recorder, widths, group_size)
-    return replace(calibration, tokens=tokens, model=weakref.ref(model), **origin)
+    rounding = "gptq" if recorder.gptq else "rtn"
+    return replace(calibration, tokens=tokens, scored_rounding=rounding, model=weakref.ref(model), **origin)
 
 
 def _calibrate_without_data(
@@ -191,58 +215,58 @@ def _experts_one_by_one(model: Any) -> Iterator[None]:
 def _run_language_model(
     model: nn.Module,
     selection: Selection,
+    new_recorder: Callable[[], SalienceRecorder],
+    sample: TokenSample,
+    scored_samples: int,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[SalienceRecorder, int]:
+    """Block by block, or else the whole model sample by sample; the recorder, and the number of tokens scored."""
+    with calibration_mode(model):
+        recorder = new_recorder()
+        try:
+            tokens = calibrate_by_blocks(
+                model, selection.targets, recorder, sample.input_ids, scored_samples, seed, progress
+            )
+        except NotReplayableError as error:
+            logger.warning(
+                "%s cannot be calibrated block by block (%s): the whole model runs on each sample, and salience is "
+                "that of round to nearest",
+                type(model).__name__,
+                error,
+            )
+            recorder = new_recorder()
+            _run_whole_model(model, selection, recorder, sample, seed, progress)
+            tokens = sample.input_ids.numel()
+    return recorder, tokens
+
+
+def _run_whole_model(
+    model: nn.Module,
+    selection: Selection,
     recorder: SalienceRecorder,
     sample: TokenSample,
     seed: int,
     progress: Progress | None,
-) -> int:
-    """One forward pass per sample and one backward pass per kind of labels; returns the tokens scored."""
-    device = selection.targets[0].weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+) -> None:
+    """One forward pass per sample and one backward pass per kind of labels."""
+    generator = torch.Generator(selection.targets[0].weight.device).manual_seed(seed)
     weights = {target.name: target.weight for target in selection.targets}
-    with calibration_mode(model):
-        for index, ids in enumerate(sample.input_ids):
-            recorder.sample = index
-            with LinearCalls(weights, recorder), torch.set_grad_enabled(bool(recorder.needs_labels)):
-                logits = model_logits("the model", model, ids[None])[0].float()
-            if not torch.isfinite(logits).all():
-                raise ValueError(
-                    f"the logits are NaN or infinite in calibration sample {index}, though every linear layer had "
-                    "finite inputs; calibrate in float32 or bfloat16"
-                )
-            _check_differentiable(logits, recorder, "the model's logits")
-            for labels in recorder.needs_labels:
-                losses = _token_losses(logits, ids.to(logits.device), labels, generator)
-                recorder.labels, recorder.loss_tokens = labels, len(losses)
-                losses.sum().backward(retain_graph=labels != recorder.needs_labels[-1])
-            if recorder.hessians is not None:
-                recorder.hessians.forget_last()
-            if progress is not None:
-                progress(index + 1, len(sample.input_ids))
-    return sample.input_ids.numel()
-
-
-def _check_differentiable(output: Tensor, recorder: SalienceRecorder, what: str) -> None:
-    if recorder.needs_labels and not output.requires_grad:
-        raise ValueError(
-            f"{what} in calibration sample {recorder.sample} cannot be differentiated with respect to any layer "
-            f"(requires_grad={output.requires_grad}): look for no_grad or detach there, or use salience='output_error'"
-        )
-
-
-def _token_losses(logits: Tensor, ids: Tensor, labels: str, generator: torch.Generator) -> Tensor:
-    """Negative log-likelihood per token in nats: of the text's next tokens, or of tokens drawn from the model.
-
-    Args:
-        logits: float32 (L, V).
-        ids: int64 (L,).
-        labels: "data" or "model".
-        generator: source of the draws.
-    """
-    if labels == "data":
-        return nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-    return nn.functional.cross_entropy(logits, drawn, reduction="none")
+    recorder.sample_order = list(range(len(sample.input_ids)))
+    for index, ids in enumerate(sample.input_ids):
+        recorder.samples = [index]
+        with LinearCalls(weights, recorder), torch.set_grad_enabled(bool(recorder.needs_labels)):
+            logits = model_logits("the model", model, ids[None])[0].float()
+        check_logits(logits, index)
+        check_differentiable(logits, recorder, "the model's logits")
+        for labels in recorder.needs_labels:
+            losses = token_losses(logits, ids.to(logits.device), labels, generator)
+            recorder.labels, recorder.loss_tokens = labels, len(losses)
+            losses.sum().backward(retain_graph=labels != recorder.needs_labels[-1])
+        if recorder.hessians is not None:
+            recorder.hessians.forget_last()
+        if progress is not None:
+            progress(index + 1, len(sample.input_ids))
 
 
 def _run_with_loss(
@@ -261,14 +285,14 @@ def _run_with_loss(
         for index, batch in enumerate(data):
             if index == num_samples:
                 break
-            recorder.sample = index
+            recorder.samples = [index]
             with LinearCalls(weights, recorder):
                 loss = loss_fn(model, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.isfinite(loss).all():
                 raise ValueError(
                     f"loss_fn must return one finite number per batch, but batch {index} gave {loss}"
                 )
-            _check_differentiable(loss, recorder, "the result of loss_fn")
+            check_differentiable(loss, recorder, "the result of loss_fn")
             recorder.loss_tokens = 1
             for labels in recorder.needs_labels:
                 recorder.labels = labels
@@ -288,19 +312,36 @@ def _collect(
     """Move what was recorded to the CPU, fill in experts without tokens, and check that every layer was used."""
     layers = {}
     for target in selection.targets:
-        counts = recorder.tokens[target.name]
+        counts, scored = recorder.tokens[target.name], recorder.scored_tokens[target.name]
         if not any(counts):
             raise ValueError(
                 f"{target.name}: no calibration token reached this layer; use more or other data, or exclude it"
             )
         scores = {metric: recorder.scores[metric][target.name].cpu() for metric in recorder.scores}
-        if not all(counts):
+        if not all(scored):
             free = data_free_scores(target, widths, group_size)
-            scores = {metric: fill_dead_experts(score, free, counts) for metric, score in scores.items()}
+            scores = {metric: fill_dead_experts(score, free, scored) for metric, score in scores.items()}
         layers[target.name] = _statistics(target, scores, recorder.hessians, counts)
     sums = {} if recorder.hessians is None else recorder.hessians.hessians()
     on_cpu = {key: hessian.cpu() for key, hessian in sums.items()}
     return Calibration(layers, selection.excluded, widths, group_size, on_cpu)
+
+
+def _token_weights(recorder: SalienceRecorder, sample: TokenSample) -> dict[str, Tensor]:
+    """Key of a Hessian -> float16 (S, L); layers that share an input share the mean of their weights."""
+    keys = {} if recorder.hessians is None else recorder.hessians.keys
+    by_key: dict[str, list[Tensor]] = {}
+    for (name, expert), key in keys.items():
+        squares = torch.cat(recorder.gradients.get(name, [torch.empty(0)]))
+        if expert is None and squares.numel() == sample.input_ids.numel():
+            by_key.setdefault(key, []).append(gradient_weights(squares))
+    order = torch.tensor(recorder.sample_order)
+    weights = {}
+    for key, parts in by_key.items():
+        mean = torch.stack(parts).mean(0).view(len(order), -1)
+        weights[key] = torch.empty_like(mean, dtype=torch.float16)
+        weights[key][order] = mean.half()
+    return weights
 
 
 def _statistics(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchmix.capture import NotReplayableError, find_blocks, record_blocks
+from torchmix.capture import NotReplayableError, find_blocks, record_blocks, short_circuit
 
 D = 8
 
@@ -18,6 +18,15 @@ class Layer(nn.Module):
 
     def forward(self, hidden_states, shift=None, scale=1.0):
         return (hidden_states + scale * self.linear(hidden_states) + shift,)
+
+
+class Mask(Layer):
+    """A block whose argument fits one sample only."""
+
+    def forward(self, hidden_states, shift=None, scale=1.0):
+        return super().forward(
+            hidden_states, shift.expand_as(hidden_states[:1]).view_as(hidden_states), scale
+        )
 
 
 class Model(nn.Module):
@@ -49,7 +58,7 @@ def test_blocks_are_found_by_the_weights_they_own():
 @torch.no_grad()
 def test_replay_gives_the_same_hidden_states_for_every_sample():
     model, ids = Model(), torch.randint(10, (4, 5))
-    blocks, hidden = record_blocks(find_blocks(model, names(model)), lambda i: model(ids[i : i + 1]), 4)
+    blocks, hidden = record_blocks(find_blocks(model, names(model)), model, ids)
     for sample, states in enumerate(hidden):
         assert torch.equal(states, model.embed(ids[sample : sample + 1]))
         for block in blocks:
@@ -62,9 +71,7 @@ def test_replay_gives_the_same_hidden_states_for_every_sample():
 def test_a_model_that_changes_hidden_states_between_blocks_is_refused():
     model = Model(broken=True)
     with pytest.raises(NotReplayableError, match=r"output of blocks\.0 is not the input of the next"):
-        record_blocks(
-            find_blocks(model, names(model)), lambda i: model(torch.zeros(1, 3, dtype=torch.long)), 1
-        )
+        record_blocks(find_blocks(model, names(model)), model, torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_a_model_without_blocks_is_refused():
@@ -77,6 +84,35 @@ def test_blocks_without_hidden_states_are_refused_by_name():
     model = Model()
     model.forward = lambda ids: model.blocks[0](shift=model.embed(ids), hidden_states=None)
     with pytest.raises(NotReplayableError, match=r"blocks\.0 is not called with hidden states"):
-        record_blocks(
-            find_blocks(model, names(model)), lambda i: model(torch.zeros(1, 3, dtype=torch.long)), 1
-        )
+        record_blocks(find_blocks(model, names(model)), model, torch.zeros(1, 3, dtype=torch.long))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [2, 3, 8])
+def test_samples_go_through_together(chunk):
+    model, ids = Model(), torch.randint(10, (5, 4))
+    blocks, hidden = record_blocks(find_blocks(model, names(model)), model, ids, chunk)
+    assert [len(states) for states in hidden] == [len(part) for part in ids.split(chunk)]
+    for part, states in zip(ids.split(chunk), hidden, strict=True):
+        for block in blocks:
+            states = block.run(block.module, states)
+        torch.testing.assert_close(model.other[0](states), model(part))
+
+
+@torch.no_grad()
+def test_blocks_that_take_one_sample_only_get_one():
+    model, ids = Model(), torch.randint(10, (4, 5))
+    model.blocks[1] = Mask()
+    _, hidden = record_blocks(find_blocks(model, names(model)), model, ids, 2)
+    assert [len(states) for states in hidden] == [1, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_short_circuit_leaves_only_what_is_outside_the_blocks():
+    model, ids = Model(), torch.randint(10, (1, 5))
+    blocks, _ = record_blocks(find_blocks(model, names(model)), model, ids)
+    hidden = torch.randn(1, 5, D)
+    with short_circuit(blocks, hidden):
+        assert torch.equal(model(ids), model.other[0](hidden))
+    assert not any("forward" in vars(block.module) for block in blocks)
+    assert not torch.equal(model(ids), model.other[0](hidden))

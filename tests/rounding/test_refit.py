@@ -60,3 +60,16 @@ def test_inputs_without_cholesky_factor_keep_the_weight_and_say_so(drifted):
     refitted, note = refit_target(weight, -torch.eye(K), torch.eye(K), shrinkage=0.5, percdamp=0.0)
     assert torch.equal(refitted, weight)
     assert "without refit" in note
+
+
+def test_residual_errors_are_made_up_for(drifted):
+    """With the stream's error in the target, the full step is least squares on the whole sum."""
+    x, x_q, weight = drifted
+    drift = torch.randn(T, N) * 0.1 + x_q @ torch.randn(K, N) * 0.1  # r - r~
+    moments_q = moments(x, x_q)
+    refitted, _ = refit_target(weight, *moments_q, shrinkage=1.0, percdamp=0.0, residual=drift.T @ x_q)
+    wanted = x @ weight.T + drift
+    expected = torch.linalg.lstsq(x_q.double(), wanted.double()).solution.T
+    torch.testing.assert_close(refitted.double(), expected, rtol=1e-3, atol=1e-4)
+    plain, _ = refit_target(weight, *moments_q, shrinkage=1.0, percdamp=0.0)
+    assert (wanted - x_q @ refitted.T).norm() < 0.8 * (wanted - x_q @ plain.T).norm()

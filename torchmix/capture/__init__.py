@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from torchmix.capture.linear_calls import LinearCall, LinearCalls
-from torchmix.capture.replay import Block, NotReplayableError, find_blocks, record_blocks
+from torchmix.capture.quantized_inputs import QuantizedInputs, fake_quantize
+from torchmix.capture.replay import (
+    Block,
+    NotReplayableError,
+    find_blocks,
+    record_blocks,
+    short_circuit,
+)
+from torchmix.capture.residual_adds import ResidualAdds
 from torchmix.capture.statistics import HessianAccumulator
 
 __all__ = [
@@ -12,6 +20,10 @@ __all__ = [
     "LinearCall",
     "LinearCalls",
     "NotReplayableError",
+    "QuantizedInputs",
+    "ResidualAdds",
+    "fake_quantize",
     "find_blocks",
     "record_blocks",
+    "short_circuit",
 ]

@@ -37,7 +37,6 @@ class LinearCall:
 
 
 Observer = Callable[[LinearCall], "Callable[[Tensor], None] | None"]
-_Operands = tuple[Tensor, Tensor, "int | None"]
 
 
 class LinearCalls(TorchFunctionMode):
@@ -60,14 +59,12 @@ class LinearCalls(TorchFunctionMode):
     ) -> Any:
         """Report the call when its weight is one of ours, then let it run."""
         kwargs = kwargs or {}
-        operands = _OPERANDS.get(func)
-        if operands is None:
+        operands = OPERANDS.get(func)
+        weight = None if operands is None else _weight(operands, args, kwargs)
+        found = None if weight is None else self._find(weight)
+        if operands is None or weight is None or found is None:
             return func(*args, **kwargs)
-        x_at, x_name, weight_at, weight_name = operands
-        weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_name)
-        found = self._find(weight) if isinstance(weight, Tensor) else None
-        if weight is None or found is None:
-            return func(*args, **kwargs)
+        x_at, x_name, _, _ = operands
         x = args[x_at] if len(args) > x_at else kwargs[x_name]
         if weight.dim() == 3:
             return self._each_expert(x, weight)
@@ -77,10 +74,16 @@ class LinearCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         if not x.requires_grad:
             x = x.detach().requires_grad_()
-            args, kwargs = _with_operand(args, kwargs, x_at, x_name, x)
+            args, kwargs = with_operand(args, kwargs, x_at, x_name, x)
         y = func(*args, **kwargs)
         y.register_hook(lambda grad: on_gradient(grad.detach().reshape(-1, grad.shape[-1])))
         return y
+
+    def name_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Name of the watched 2-D weight that this call applies, if it is such a call."""
+        operands = OPERANDS.get(func)
+        weight = None if operands is None else _weight(operands, args, kwargs)
+        return None if weight is None else self._names.get(id(weight))
 
     def _find(self, weight: Tensor) -> tuple[str, int | None] | None:
         """Name and expert of a parameter or of a view that selects one expert of it."""
@@ -102,7 +105,16 @@ class LinearCalls(TorchFunctionMode):
             return torch.stack([torch.matmul(x_e, weight[e]) for e, x_e in enumerate(inputs)], dim=-3)
 
 
-def _with_operand(
+def _weight(
+    operands: tuple[int, str, int, str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The right operand of a linear call."""
+    _, _, at, name = operands
+    weight = args[at] if len(args) > at else kwargs.get(name)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def with_operand(
     args: tuple[Any, ...], kwargs: dict[str, Any], at: int, name: str, value: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with one of them replaced."""
@@ -112,7 +124,7 @@ def _with_operand(
 
 
 # function -> position and name of the input, position and name of the weight
-_OPERANDS: dict[Any, tuple[int, str, int, str]] = {
+OPERANDS: dict[Any, tuple[int, str, int, str]] = {
     torch.nn.functional.linear: (0, "input", 1, "weight"),
     torch.addmm: (1, "mat1", 2, "mat2"),
     torch.matmul: (0, "input", 1, "other"),

@@ -95,6 +95,12 @@ class HessianAccumulator:
             self._give_key(layer, new)
         last.key = last.key if owner_stays else new
 
+    def hessian(self, name: str, expert: int | None = None) -> Tensor | None:
+        """Hessian of one layer, float32 (K, K); None where no token came by."""
+        self.forget_last()
+        key = self.keys.get((name, expert))
+        return None if key is None else self._sums[key] * (2.0 / max(self.tokens[key], 1))
+
     def hessians(self) -> dict[str, Tensor]:
         """All Hessians by key: float32 (K, K) each."""
         self.forget_last()

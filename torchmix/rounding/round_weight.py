@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmix.rounding.clip_search import ClipSearch, clip_round
 from torchmix.rounding.gptq import PERCDAMP, gptq_round
 from torchmix.rounding.hqq import hqq_round
+from torchmix.rounding.refine import refine_rounding
 from torchmix.rounding.rounded_weight import RoundedWeight
 from torchmix.rounding.rtn import rtn_round
 
@@ -22,6 +23,7 @@ def round_weight(
     *,
     percdamp: float = PERCDAMP,
     search: ClipSearch | None = None,
+    refine: int = 0,
 ) -> RoundedWeight:
     """Round one weight with the named algorithm.
 
@@ -33,6 +35,7 @@ def round_weight(
         hessian: float32 (K, K); needed by "gptq", used by "clip" when given.
         percdamp: damping of GPTQ.
         search: factors of the clip search.
+        refine: rounds of refinement after "gptq" (:func:`torchmix.rounding.refine_rounding`).
 
     Raises:
         ValueError: for an unknown method, or "gptq" without a Hessian.
@@ -49,4 +52,7 @@ def round_weight(
         raise ValueError(
             "rounding='gptq' needs Hessians; calibrate with hessians=True, or choose rounding='clip' or 'rtn'"
         )
-    return gptq_round(weight, row_bits, group_size, hessian, percdamp=percdamp, search=search)
+    rounded = gptq_round(weight, row_bits, group_size, hessian, percdamp=percdamp, search=search)
+    if rounded.method != "gptq":  # no usable Hessian
+        return rounded
+    return refine_rounding(weight, rounded, row_bits, hessian, refine, percdamp)
