@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchmix.salience import DATA_FREE, METRICS, RowSignals, weight_error
-from torchmix.salience.metrics import fisher_token, mixllm, output_error
+from torchmix.salience import DATA_FREE, DATA_FREE_METRICS, METRICS, RowSignals, WeightSignals, weight_error
+from torchmix.salience.metrics import fisher_diagonal, fisher_token, mixllm, output_error, random_score
 
 # Two tokens, two rows.
 ERROR = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
@@ -30,6 +30,44 @@ def test_output_error_by_hand() -> None:
 
 def test_weight_error_by_hand() -> None:
     assert weight_error(ERROR).tolist() == [5.0, 10.0]
+    assert DATA_FREE_METRICS[DATA_FREE](WeightSignals("layer", 4, ERROR)).tolist() == [5.0, 10.0]
+
+
+def test_fisher_diagonal_by_hand() -> None:
+    """dL/dw = [[0.5 - 1, 1], [1 + 2, 2]], times dw = [[2, 1], [1, -3]]: 1 + 1 and 9 + 36."""
+    x, delta = torch.tensor([[1.0, 2.0], [1.0, 0.0]]), torch.tensor([[2.0, 1.0], [1.0, -3.0]])
+    assert fisher_diagonal(RowSignals(x @ delta.T, GRADIENT, 2, x, delta)).tolist() == [2.0, 45.0]
+
+
+def test_fisher_diagonal_uses_real_weight_gradients() -> None:
+    """(dL/dW)² dW² with L the summed loss and the gradient that autograd accumulates."""
+    layer, x, delta, gradient, tokens = layer_and_gradients()
+    assert layer.weight.grad is not None
+    expected = (layer.weight.grad.double() * delta.double()).square().sum(1)
+    score = fisher_diagonal(RowSignals(x @ delta.T, gradient, tokens, x, delta))
+    assert torch.allclose(score, expected, rtol=1e-5)
+
+
+def random_scores(name: str, bits: int, rows: int = 400, in_features: int = 8, seed: int = 0) -> Tensor:
+    return random_score(WeightSignals(name, bits, torch.zeros(rows, in_features)), seed)
+
+
+def test_random_score_is_reproducible_and_knows_nothing() -> None:
+    """The name and the seed decide, not the weights; 400 draws from (0, 1] leave 0.015 of noise in their mean."""
+    score = random_scores("a", 4)
+    assert torch.equal(score, DATA_FREE_METRICS["random"](WeightSignals("a", 4, torch.randn(400, 8))))
+    assert not torch.equal(score, random_scores("b", 4))
+    assert not torch.equal(score, random_scores("a", 4, seed=1))
+    u = score / 8 * 4**4
+    assert bool(((u > 0) & (u <= 1)).all())
+    assert float(u.mean()) == pytest.approx(0.5, abs=0.06)
+    assert len(u.unique()) == 400
+
+
+def test_random_score_treats_rows_alike() -> None:
+    """From width to width it falls by 4 per bit in every row, and a bit gains the same share of what it costs."""
+    assert torch.equal(random_scores("a", 3), 16 * random_scores("a", 5))
+    assert torch.equal(random_scores("a", 4, in_features=8) / 8, random_scores("a", 4, in_features=32) / 32)
 
 
 def test_registry() -> None:
@@ -40,10 +78,12 @@ def test_registry() -> None:
         "fisher_token_rtn": ("model", 0.5, "rtn"),
         "mixllm": ("data", None, "rtn"),
         "output_error": (None, None, "rtn"),
+        "fisher_diagonal": ("data", None, "rtn"),
     }
     assert properties.items() >= expected.items()
     assert all((metric.kl_scale is None) == (metric.labels != "model") for metric in METRICS.values())
-    assert DATA_FREE not in METRICS
+    assert list(DATA_FREE_METRICS) == [DATA_FREE, "random"]
+    assert not DATA_FREE_METRICS.keys() & METRICS.keys()
 
 
 def test_gradient_metrics_need_gradients() -> None:
@@ -54,12 +94,14 @@ def test_gradient_metrics_need_gradients() -> None:
 @pytest.mark.parametrize("name", METRICS)
 def test_no_tokens_score_zero(name: str) -> None:
     empty = torch.empty(0, 3)
-    assert METRICS[name].score(RowSignals(empty, empty, 1)).tolist() == [0.0] * 3
+    signals = RowSignals(empty, empty, 1, torch.empty(0, 4), torch.ones(3, 4))
+    assert METRICS[name].score(signals).tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_scores_are_float64_and_never_negative(name: str) -> None:
-    score = METRICS[name].score(RowSignals(torch.randn(9, 5), torch.randn(9, 5), 9))
+    x, delta = torch.randn(9, 4), torch.randn(5, 4)
+    score = METRICS[name].score(RowSignals(x @ delta.T, torch.randn(9, 5), 9, x, delta))
     assert score.dtype == torch.float64
     assert bool((score >= 0).all())
 
