@@ -6,7 +6,7 @@ import argparse
 
 from torchmix.cli.formatting import HelpFormatter
 
-SALIENCE_NAMES = ("fisher_token", "fisher_token_rtn", "mixllm", "output_error")
+SALIENCE_NAMES = ("fisher_token", "fisher_token_rtn", "mixllm", "output_error", "fisher_diagonal")
 ROUNDING_NAMES = ("gptq", "sequential", "clip", "hqq", "rtn")
 WITH_HESSIANS = (None, "gptq", "sequential")  # None: gptq where there is data
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
@@ -176,7 +176,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         choices=SALIENCE_NAMES,
         help="how rows are ranked: fisher_token, the expected rise of the loss by the row's error after GPTQ "
         "(default); fisher_token_rtn, the same after rounding to nearest; mixllm, the paper's score; output_error, the "
-        "error of the layer's output",
+        "error of the layer's output; fisher_diagonal, the squared gradients of single weights as in CherryQ",
     )
     group.add_argument(
         "--seed",
