@@ -15,7 +15,7 @@ from tests.generators import TinyLM, tiny_gpt2, tiny_mixtral, token_ids
 from torchmix.calibration import Calibration
 from torchmix.evaluation import kl_divergence
 from torchmix.salience import METRICS
-from torchmix.scoring import data_free_scores, rounding_errors
+from torchmix.scoring import data_free_scores, draw_tokens, rounding_errors
 from torchmix.selection import select_parameters
 from torchmix.workflow import calibrate, calibration_mode, fill_dead_experts
 
@@ -92,9 +92,7 @@ def test_scores_are_those_of_real_gradients(metric: str) -> None:
         run(model, data=ids, num_samples=1, salience=metric, widths=(3,)).layers[LAYER].scores[metric][:, 0]
     )
     logits = model(ids)[0]
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[
-        :, 0
-    ]
+    drawn = draw_tokens(logits.detach(), torch.Generator().manual_seed(0))
     if metric == "mixllm":
         loss = nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
     else:

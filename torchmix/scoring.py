@@ -61,8 +61,19 @@ def token_losses(logits: Tensor, ids: Tensor, labels: str, generator: torch.Gene
     """
     if labels == "data":
         return nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    drawn = draw_tokens(logits.detach(), generator)
     return nn.functional.cross_entropy(logits, drawn, reduction="none")
+
+
+def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token from each predicted distribution: int64 (L,) from float32 (L, V).
+
+    By inversion of the cumulative distribution: one random number per token instead of one per entry of the
+    vocabulary, which took a tenth of a calibration on a CPU.
+    """
+    cumulative = logits.softmax(-1).cumsum(-1)
+    point = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def check_logits(logits: Tensor, sample: int) -> None:

@@ -147,8 +147,11 @@ class _Run:
         twin = copy.deepcopy(block.module)
         weights = {n: t.weight for n, t in self.targets.items() if n.startswith(f"{block.name}.")}
         int8 = QuantizedInputs(self.settings.group_size, self.settings.per_token)
-        for inputs in _inputs_in_order(block, weights, streams.original[0][:1]):
-            moments = self._moments(block, twin, int8, inputs, streams)
+        order = _inputs_in_order(block, weights, streams.original[0][:1])
+        following: list[Tensor] = []  # what the original block gives, from the run that meets its last input
+        for inputs in order:
+            outputs = following if inputs is order[-1] else None
+            moments = self._moments(block, twin, int8, inputs, streams, outputs)
             for name in inputs.names:
                 self.rounded[name] = self._round(name, moments)
                 weight = _twin_weight(block, twin, name)
@@ -157,7 +160,7 @@ class _Run:
                 int8.add(weight)
                 if self.progress is not None:
                     self.progress(self.rounded, name)
-        streams.original = [block.run(block.module, hidden) for hidden in streams.original]
+        streams.original = following or [block.run(block.module, hidden) for hidden in streams.original]
         with int8:
             streams.quantized = [block.run(twin, hidden) for hidden in streams.quantized]
 
@@ -182,9 +185,18 @@ class _Run:
         return replace(result, note="; ".join(filter(None, (note, result.note))))
 
     def _moments(
-        self, block: Block, twin: nn.Module, int8: QuantizedInputs, inputs: _Inputs, streams: _Streams
+        self,
+        block: Block,
+        twin: nn.Module,
+        int8: QuantizedInputs,
+        inputs: _Inputs,
+        streams: _Streams,
+        outputs: list[Tensor] | None,
     ) -> _Moments:
-        """Sums over all tokens of one input, in the original and in the quantized model."""
+        """Sums over all tokens of one input, in the original and in the quantized model.
+
+        ``outputs`` is filled with what the original block gives, where it is asked for.
+        """
         name, settings = inputs.names[0], self.settings
         rows, device = self.targets[name].rows, self.targets[name].weight.device
         out_features, in_features = rows.shape
@@ -195,11 +207,10 @@ class _Run:
         )
         first = 0
         for original, quantized in zip(streams.original, streams.quantized, strict=True):
-            x, r = _observe(block, block.module, name, self.targets[name].weight, original, inputs.residual)
+            weight, rounded = self.targets[name].weight, _twin_weight(block, twin, name)
+            x, r = _observe(block, block.module, {name: weight}, original, inputs.residual, outputs)
             with int8:
-                x_q, r_q = _observe(
-                    block, twin, name, _twin_weight(block, twin, name), quantized, inputs.residual
-                )
+                x_q, r_q = _observe(block, twin, {name: rounded}, quantized, inputs.residual)
             x_q = fake_quantize(x_q, settings.group_size, settings.per_token)
             weighted = self._weighted(name, x_q, first, len(original))
             first += len(original)
@@ -245,28 +256,40 @@ class _Reached(Exception):
 
 
 def _observe(
-    block: Block, module: nn.Module, name: str, weight: Tensor, hidden: Tensor, residual: bool
+    block: Block,
+    module: nn.Module,
+    weight: dict[str, Tensor],
+    hidden: Tensor,
+    residual: bool,
+    outputs: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Input (T, K) of one layer, and the residual stream (T, N) its output is added to; both float32.
 
-    The block is not run further than to there.
+    The block is not run further than to there, unless its output is wanted in ``outputs``.
     """
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
+    streams: list[Tensor] = []
 
-    def observe(call: LinearCall) -> None:
-        if not found:
-            found.append(call.x.float())
-        if not residual:
+    def stop() -> None:
+        if outputs is None:
             raise _Reached
 
+    def observe(call: LinearCall) -> None:
+        if not inputs:
+            inputs.append(call.x.float())
+            if not residual:
+                stop()
+
     def added(_: str, stream: Tensor) -> None:
-        raise _Reached(stream)
+        if not streams:
+            streams.append(stream.reshape(-1, stream.shape[-1]).float())
+            stop()
 
     try:
-        with ResidualAdds({name: weight}, observe, added if residual else None):
-            block.run(module, hidden)
-    except _Reached as reached:
-        if residual:
-            stream = reached.args[0]
-            return found[0], stream.reshape(-1, stream.shape[-1]).float()
-    return found[0], None
+        with ResidualAdds(weight, observe, added if residual else None):
+            output = block.run(module, hidden)
+        if outputs is not None:
+            outputs.append(output)
+    except _Reached:
+        pass
+    return inputs[0], streams[0] if streams else None

@@ -21,6 +21,7 @@ from torchmix.rounding.rounded_weight import RoundedWeight
 
 PERCDAMP = 0.01
 DAMPING_STEPS = (1.0, 10.0, 100.0)  # percdamp is multiplied by these until the Cholesky factor exists
+INNER_COLUMNS = 16  # columns that are kept up to date one by one; memory traffic falls with it
 Grid = tuple[Tensor, Tensor]
 
 
@@ -109,13 +110,16 @@ def gptq_sweep(
         W_Ng, U_gg = W_NK[:, columns], U_KK[columns, columns]
         scale, zero_point = grid = choose_grid(W_Ng, columns)
         error_Ng = torch.empty_like(W_Ng)
-        for k in range(size):
-            w_N1 = W_Ng[:, k : k + 1]
-            code_N1 = round_column(w_N1, grid)
-            codes_NK[:, start + k : start + k + 1] = code_N1
-            error_Ng[:, k : k + 1] = (w_N1 - scale * (code_N1 - zero_point)) / U_gg[k, k]
-            # columns of this block now, all later ones once per block
-            W_Ng[:, k + 1 :].addr_(error_Ng[:, k], U_gg[k, k + 1 :], alpha=-1)
+        for first in range(0, size, INNER_COLUMNS):
+            end = min(first + INNER_COLUMNS, size)
+            for k in range(first, end):
+                w_N1 = W_Ng[:, k : k + 1]
+                code_N1 = round_column(w_N1, grid)
+                codes_NK[:, start + k : start + k + 1] = code_N1
+                error_Ng[:, k : k + 1] = (w_N1 - scale * (code_N1 - zero_point)) / U_gg[k, k]
+                # the next few columns now, the others of this block once per few, all later ones once per block
+                W_Ng[:, k + 1 : end].addr_(error_Ng[:, k], U_gg[k, k + 1 : end], alpha=-1)
+            W_Ng[:, end:].addmm_(error_Ng[:, first:end], U_gg[first:end, end:], alpha=-1)
         W_NK[:, columns.stop :].addmm_(error_Ng, U_KK[columns, columns.stop :], alpha=-1)
         grids.append(grid)
         start += size
