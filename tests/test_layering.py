@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("scoring", "sequential", "layer_quantization", "calibration"),
     ("config", "checkpoint_format", "model_card", "hub"),
     ("workflow", "data", "huggingface", "checkpoint_files"),
-    ("checkpoint_inspection", "forecast"),
+    ("checkpoint_inspection", "forecast", "tuning"),
     ("checkpoint",),
     ("cli", "demo", "plots"),
     ("__init__", "__main__"),  # the public face: nothing inside the package imports it

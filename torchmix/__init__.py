@@ -16,6 +16,8 @@ The map of the package, lowest layer first:
     which weights; scores of all rows; what was measured; ``quantize_``; files
 ``workflow``, ``data``, ``huggingface``
     ``calibrate``; tokens from texts, chats and data sets; transformers
+``tuning``
+    ``tune``: codes, scales and norms trained towards the original model, after quantization
 ``cli``, ``demo``
     the command line; the bundled model
 """
@@ -43,6 +45,7 @@ if not _is_command():
     from torchmix.huggingface import is_available as _transformers_is_available
     from torchmix.huggingface import register as _register_with_transformers
     from torchmix.tensor import MixedPrecisionTensor, compile_blocks
+    from torchmix.tuning import tune
     from torchmix.workflow import calibrate
 
     if _transformers_is_available():
@@ -62,4 +65,5 @@ __all__ = [
     "mixllm_config",
     "planned_checkpoint_bytes",
     "save_pretrained",
+    "tune",
 ]
