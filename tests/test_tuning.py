@@ -18,7 +18,7 @@ from torchmix.demo.text import demo_model_directory
 from torchmix.evaluation import evaluation_mode, kl_divergence
 from torchmix.huggingface import load_model, load_tokenizer
 from torchmix.tensor import MixedPrecisionTensor
-from torchmix.tuning import rate_factor, tune
+from torchmix.tuning import rate_factor, tune, tuning_bytes
 
 # Far above the defaults: what takes hundreds of steps otherwise shows in a few.
 FAST = {"steps": 8, "batch_size": 4, "scale_lr": 3e-3, "code_lr": 1e-2}
@@ -279,6 +279,11 @@ def test_nan_in_the_original_is_named():
         original.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="look for NaN"):
         tune(model, original, random_ids(4, 16), steps=1)
+
+
+def test_memory_per_weight():
+    assert [tuning_bytes(10, dtype) for dtype in (torch.bfloat16, torch.float32)] == [160, 200]
+    assert [tuning_bytes(10, dtype, False) for dtype in (torch.bfloat16, torch.float32)] == [50, 90]
 
 
 def test_learning_rates_rise_and_fall():

@@ -91,7 +91,7 @@ def tune(
     random state are left alone. A seed gives the same result again where the model's own operations do.
 
     Memory beside the two models: 16 bytes per quantized weight (latent code, two moments of Adam, gradient), 20 where
-    the model's dtype is float32; without ``learn_codes`` 5 and 9; and the activations of one batch.
+    the model's dtype is float32 (:func:`tuning_bytes`); and the activations of one batch.
 
     Args:
         model: causal language model, called as ``model(input_ids)``, with quantized weights, not compiled.
@@ -99,10 +99,9 @@ def tune(
         data: token ids int64 (S, L) such as ``Calibration.samples``, all of which are used, or anything else that
             :func:`torchmix.data.token_batches` takes.
         steps, batch_size: steps of Adam (warm-up, then cosine to 0), and samples per step.
-        learn_codes: train codes, too.
+        learn_codes, norms: train codes, and the weights and biases of normalization layers, too.
         scale_lr: learning rate of scales (relative change) and of norms (absolute).
         code_lr: learning rate of codes, in code units.
-        norms: train weights and biases of normalization layers, too.
         tokenizer, num_samples, sequence_length: as in :func:`torchmix.calibrate`, for data that is not (S, L) ids.
         seed: order of the samples.
         progress: called as ``progress(steps_done, steps)``.
@@ -128,6 +127,15 @@ def tune(
     counts = (len(losses), len(rest), len(held_back))
     changed, seconds = student.share_of_codes_changed(), time.perf_counter() - started
     return TuningRecord(kept, before, after, *counts, changed, seconds, losses)
+
+
+def tuning_bytes(num_weights: int, dtype: torch.dtype, learn_codes: bool = True) -> int:
+    """Bytes that :func:`tune` needs beside the two models and the activations, for so many quantized weights.
+
+    Latent code and Adam's two moments are 12 bytes; at the end of the backward pass dense values and their gradients
+    in the model's dtype come on top, and go while the latent codes' gradients (4 bytes) are made of them.
+    """
+    return num_weights * (12 * learn_codes + (not learn_codes) + max(4 * learn_codes, 2 * dtype.itemsize))
 
 
 def _check_options(steps: int, batch_size: int, scale_lr: float, code_lr: float) -> None:
