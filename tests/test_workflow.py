@@ -17,7 +17,7 @@ from torchmix.evaluation import kl_divergence
 from torchmix.salience import METRICS
 from torchmix.scoring import data_free_scores, draw_tokens, rounding_errors
 from torchmix.selection import select_parameters
-from torchmix.workflow import calibrate, calibration_mode, fill_dead_experts
+from torchmix.workflow import calibrate, calibration_mode, common_length, fill_dead_experts
 
 LAYER = "blocks.0.gate.weight"
 
@@ -212,7 +212,6 @@ def test_short_floats(dtype: torch.dtype) -> None:
     [
         ({"salience": "fisher"}, r"salience=\['fisher'\] is not known.*'fisher_token'"),
         ({"salience": ()}, "is not known"),
-        ({"salience": "weight_error"}, "is the score without data; pass data=None"),
         ({"widths": (1, 4)}, "bits=1"),
         ({"widths": ()}, "at least one width"),
         ({"group_size": 100}, "group_size=100"),
@@ -379,3 +378,23 @@ def test_the_context_of_the_model_limits_samples() -> None:
     assert run(model, data=token_ids(2, 64), sequence_length=None).tokens == 128
     with pytest.raises(ValueError, match="token id 48 is outside the vocabulary of 48"):
         run(model, data=torch.full((3, 16), 48))
+
+
+def test_scores_without_data_go_beside_those_with_data() -> None:
+    """A ranking at random, with the Hessians of real data."""
+    calibration = run(salience=("random", "fisher_token"))
+    assert calibration.salience == ("random", "fisher_token")
+    assert calibration.hessians
+    scores = calibration.layers[LAYER].scores["random"]
+    assert torch.equal(scores, run(salience="random").layers[LAYER].scores["random"])
+    assert calibration.plan(4.5).salience == "random"
+
+
+def test_token_rows_keep_their_own_length() -> None:
+    rows = torch.zeros(3, 7, dtype=torch.long)
+    assert common_length(rows) == common_length(list(rows)) == 7
+    samples = calibrate(TinyLM(), rows, num_samples=3).samples
+    assert samples is not None
+    assert samples.shape == (3, 7)
+    others = (rows[0], [rows[0], rows[0, :6]], ["text"], "path", [[1, 2]], iter(()))
+    assert [common_length(data) for data in others] == [None] * 6

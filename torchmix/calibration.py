@@ -129,18 +129,10 @@ class Calibration:
         metric = self._metric(salience)
         bounds = (min_bits or {}, max_bits or {}, fixed or {})
         asked = None if widths is None else tuple(sorted(set(widths)))
-        if rows_at_8_bits is not None:
+        if rows_at_8_bits is not None or per_layer:
             rules = (row_multiple, tensor_parallel) != (1, 1) or any(bounds)
-            if bits is not None or asked not in (None, PAPER_WIDTHS) or rules:
-                raise ValueError(
-                    f"rows_at_8_bits={rows_at_8_bits} fixes the widths {PAPER_WIDTHS}, the size and the rows; leave "
-                    f"out bits ({bits}), widths ({widths}), row_multiple, tensor_parallel, min_bits, max_bits, fixed"
-                )
-            return self._paper_plan(metric, rows_at_8_bits, per_layer)
-        if per_layer:
-            raise ValueError(
-                "per_layer=True goes with rows_at_8_bits; give rows_at_8_bits=0.10, or leave it out"
-            )
+            _check_paper_setting(rows_at_8_bits, bits, asked, rules)
+            return self._paper_plan(metric, rows_at_8_bits or 0.0, per_layer)
         widths = asked or self.widths
         if len(widths) == 1 and bits is None and not any(bounds):
             return self._bit_plan(metric, self._uniform(widths[0]), widths, row_multiple, tensor_parallel)
@@ -342,3 +334,16 @@ def _from_parts(header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibrati
 def _bound(name: str, bounds: Bounds) -> int | None:
     """Value of the first pattern that matches, or None."""
     return next((value for pattern, value in bounds.items() if matches(name, pattern)), None)
+
+
+def _check_paper_setting(
+    share: float | None, bits: float | None, widths: tuple[int, ...] | None, rules: bool
+) -> None:
+    """Refuse what does not go with the paper's setting."""
+    if share is None:
+        raise ValueError("per_layer=True goes with rows_at_8_bits; give rows_at_8_bits=0.10, or leave it out")
+    if bits is not None or widths not in (None, PAPER_WIDTHS) or rules:
+        raise ValueError(
+            f"rows_at_8_bits={share} fixes the widths {PAPER_WIDTHS}, the size and the rows; leave out bits ({bits}), "
+            f"widths ({widths}), row_multiple, tensor_parallel, min_bits, max_bits, fixed"
+        )

@@ -150,17 +150,7 @@ def mixllm_config(
     found = model if model is not None else _model_of(calibration)
     if found is not None:
         config._names = {id(p): (weakref.ref(p), name) for name, p in found.named_parameters()}
-    if calibration is not None and calibration.hessians:
-        config._original, missing = original_model(calibration, plan, found)
-        if config._original is None and rounding == SEQUENTIAL:
-            raise ValueError(
-                f"rounding='{SEQUENTIAL}' runs the original model on the calibration tokens, but {missing}; pass "
-                "mixllm_config(..., model=model) with a calibration of token data, or choose rounding='gptq'"
-            )
-        if config._original is not None and rounding is None:
-            config._method = SEQUENTIAL
-        elif rounding is None:
-            logger.warning("rounding with one-shot GPTQ instead of layer after layer: %s", missing)
+    _choose_sequential(config, found)
     if found is not None and hidden:
         config._model = weakref.ref(found)
         config._modules = frozenset(id(module) for module in found.modules())
@@ -175,6 +165,26 @@ def mixllm_config(
     if found is not None:
         _warn_where_nothing_is_shown(found, plan)
     return config
+
+
+def _choose_sequential(config: MixLLMConfig, model: nn.Module | None) -> None:
+    """Round layer after layer where that was asked for, or where nothing was and it can be done."""
+    if (
+        config.calibration is None
+        or not config.calibration.hessians
+        or config.rounding not in (None, SEQUENTIAL)
+    ):
+        return
+    config._original, missing = original_model(config.calibration, config.plan, model)
+    if config._original is not None:
+        config._method = SEQUENTIAL
+    elif config.rounding == SEQUENTIAL:
+        raise ValueError(
+            f"rounding='{SEQUENTIAL}' runs the original model on the calibration tokens, but {missing}; pass "
+            "mixllm_config(..., model=model) with a calibration of token data, or choose rounding='gptq'"
+        )
+    else:
+        logger.warning("rounding with one-shot GPTQ instead of layer after layer: %s", missing)
 
 
 def _warn_where_nothing_is_shown(model: nn.Module, plan: BitPlan | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchmix.capture import HessianAccumulator, LinearCall
 from torchmix.rounding import gptq_round, rtn_round
-from torchmix.salience import METRICS, RowSignals, weight_error
+from torchmix.salience import DATA_FREE, DATA_FREE_METRICS, METRICS, RowSignals, WeightSignals
 from torchmix.selection import Target
 
 
@@ -42,11 +42,27 @@ def rounding_errors(
     return (rounded.dequantize() - tall).unflatten(0, (len(widths), len(weight)))
 
 
-def data_free_scores(target: Target, widths: Sequence[int], group_size: int) -> Tensor:
-    """Squared rounding error of every row: float64 (N, W) or (E, N, W)."""
+def data_free_scores(
+    target: Target, widths: Sequence[int], group_size: int, metric: str = DATA_FREE
+) -> Tensor:
+    """A score from the weights alone, by default the squared rounding error of every row.
+
+    Args:
+        target: the weight.
+        widths: W widths.
+        group_size: inputs per scale.
+        metric: name in :data:`torchmix.salience.DATA_FREE_METRICS`.
+
+    Returns:
+        float64 (N, W) or (E, N, W).
+    """
     rows = target.rows.detach()
     flat = rows.reshape(-1, rows.shape[-1])
-    columns = [weight_error(rounding_errors(flat, [bits], group_size)[0]) for bits in widths]
+    score = DATA_FREE_METRICS[metric]
+    columns = [
+        score(WeightSignals(target.name, bits, rounding_errors(flat, [bits], group_size)[0]))
+        for bits in widths
+    ]
     return torch.stack(columns, -1).view(*rows.shape[:-1], len(widths)).cpu()
 
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torchmix.calibration import Calibration, LayerStatistics
 from torchmix.capture import HessianAccumulator, LinearCalls, NotReplayableError
 from torchmix.data import TokenSample, token_batches
 from torchmix.evaluation import evaluation_mode, model_logits
-from torchmix.salience import DATA_FREE, METRICS, gradient_weights
+from torchmix.salience import DATA_FREE, DATA_FREE_METRICS, METRICS, gradient_weights
 from torchmix.scoring import (
     SalienceRecorder,
     check_differentiable,
@@ -34,7 +35,7 @@ from torchmix.selection import Selection, Target, select_parameters, weight_fing
 logger = logging.getLogger(__name__)
 DEFAULT_WIDTHS = (3, 4, 5, 6, 8)
 DEFAULT_SALIENCE = "fisher_token"
-DEFAULT_SAMPLES = 128
+DEFAULT_SAMPLES = 64
 DEFAULT_SCORED_SAMPLES = 32
 DEFAULT_SEQUENCE_LENGTH = 2048
 Progress = Callable[[int, int], None]
@@ -62,59 +63,65 @@ def calibrate(
 ) -> Calibration:
     """Measure what quantizing each row at each width costs, and the layers' input statistics.
 
-    A language model is measured block by block (:mod:`torchmix.scoring_blocks`): Hessians first, then GPTQ of every
-    layer at every width, thrown away after its errors are scored. A model that is no chain of blocks is run as a
-    whole, and the errors are then those of round to nearest. The model is left as it was: training mode,
-    ``requires_grad`` flags, global random state.
+    Language models are measured block by block with the errors that GPTQ leaves (:mod:`torchmix.scoring_blocks`), others
+    as a whole with those of round to nearest. Training mode, ``requires_grad`` flags and random state stay as they are.
 
     Args:
         model: any module. Causal language models are called as ``model(input_ids)``; others need ``loss_fn``.
         data: token batches, texts, chats, a path or a data set (:func:`torchmix.data.token_batches`); with
-            ``loss_fn`` an iterable of whatever that takes. None measures without data: scores are the squared
-            rounding errors (salience "weight_error"), there are no Hessians.
-        num_samples: samples to use.
-        sequence_length: tokens per sample; by default 2048, or the model's context where that is less.
-        tokenizer: needed for text.
+            ``loss_fn`` an iterable of whatever that takes. None: no data, scores are squared rounding errors.
+        num_samples, sequence_length, tokenizer: of the data. The length is by default that of token rows where they
+            all have the same, else 2048, at most the model's context; text needs the tokenizer.
         salience: names of :data:`torchmix.salience.METRICS`; the first is the default of ``Calibration.plan``.
-        widths: widths to score.
-        group_size: inputs per scale, a multiple of 8 up to 512.
+        widths, group_size: widths to score; inputs per scale, a multiple of 8 up to 512.
         hessians: keep the Hessians that GPTQ needs, 4 K² bytes for each distinct layer input.
         include, exclude: patterns, see :func:`torchmix.selection.select_parameters`.
         loss_fn: (model, batch) -> scalar loss, summed over what the batch holds.
-        scored_samples: so many of the samples, evenly spread, are scored; scores settle with fewer tokens than
-            Hessians, and cost more.
+        scored_samples: so many of the samples, evenly spread, are scored: scores need fewer tokens than Hessians.
         device: where to run; the model is moved there. By default where it is.
         seed: chooses the samples and draws the labels of metrics on the model's own predictions.
-        progress: called as ``progress(steps_done, steps_in_all)``; a step is a block in one direction, or a sample
-            where the model runs as a whole.
+        progress: called as ``progress(steps_done, steps_in_all)``; a step is a block in one direction, or a sample.
 
     Raises:
         ValueError, TypeError: unusable options, data, patterns or weights; NaN or Inf names the first layer.
     """
-    metrics = _check_options(salience, widths, group_size, data)
+    metrics = _check_options(salience, widths, group_size)
     selection = _select(model, include, exclude, device)
     widths = tuple(sorted(set(widths)))
     if data is None:
         return _calibrate_without_data(model, selection, widths, group_size)
-
-    def new_recorder() -> SalienceRecorder:
-        accumulator = HessianAccumulator() if hessians else None
-        return SalienceRecorder(selection.targets, metrics, widths, group_size, accumulator)
-
-    origin: dict[str, Any] = {"source": f"{type(data).__name__} through loss_fn"}
-    if loss_fn is None:
+    new_recorder = partial(_recorder, selection, metrics, widths, group_size, hessians)
+    if loss_fn is not None:
+        recorder = new_recorder()
+        tokens = _run_with_loss(model, selection, recorder, data, num_samples, loss_fn, progress)
+        origin: dict[str, Any] = {"source": f"{type(data).__name__} through loss_fn"}
+    else:
         sample = _token_sample(model, data, tokenizer, num_samples, sequence_length, seed)
         recorder, tokens = _run_language_model(
             model, selection, new_recorder, sample, scored_samples, seed, progress
         )
-        origin = {"source": sample.source, "data_sha256": sample.sha256, "samples": sample.input_ids}
-        origin["token_weights"] = _token_weights(recorder, sample)
-    else:
-        recorder = new_recorder()
-        tokens = _run_with_loss(model, selection, recorder, data, num_samples, loss_fn, progress)
-    calibration = _collect(selection, recorder, widths, group_size)
-    rounding = "gptq" if recorder.gptq else "rtn"
-    return replace(calibration, tokens=tokens, scored_rounding=rounding, model=weakref.ref(model), **origin)
+        origin = _origin(recorder, sample)
+    calibration = _collect(selection, recorder, metrics, group_size)
+    return replace(calibration, tokens=tokens, model=weakref.ref(model), **origin)
+
+
+def _recorder(
+    selection: Selection, metrics: Sequence[str], widths: tuple[int, ...], group_size: int, hessians: bool
+) -> SalienceRecorder:
+    """A recorder of all metrics that need data."""
+    measured = [metric for metric in metrics if metric in METRICS]
+    accumulator = HessianAccumulator() if hessians else None
+    return SalienceRecorder(selection.targets, measured, widths, group_size, accumulator)
+
+
+def _origin(recorder: SalienceRecorder, sample: TokenSample) -> dict[str, Any]:
+    """What a calibration keeps of its tokens."""
+    return {
+        "source": sample.source,
+        "data_sha256": sample.sha256,
+        "samples": sample.input_ids,
+        "token_weights": _token_weights(recorder, sample),
+    }
 
 
 def _calibrate_without_data(
@@ -128,19 +135,13 @@ def _calibrate_without_data(
     return Calibration(layers, selection.excluded, widths, group_size, model=weakref.ref(model))
 
 
-def _check_options(
-    salience: str | Sequence[str], widths: Sequence[int], group_size: int, data: Any
-) -> list[str]:
+def _check_options(salience: str | Sequence[str], widths: Sequence[int], group_size: int) -> list[str]:
     """Validated metric names."""
     metrics = [salience] if isinstance(salience, str) else list(dict.fromkeys(salience))
-    known = {*METRICS, DATA_FREE}
+    known = {*METRICS, *DATA_FREE_METRICS}
     unknown = [metric for metric in metrics if metric not in known]
     if unknown or not metrics:
-        raise ValueError(f"salience={unknown or metrics} is not known; choose among {sorted(METRICS)}")
-    if data is not None and DATA_FREE in metrics:
-        raise ValueError(
-            f"salience={DATA_FREE!r} is the score without data; pass data=None, or one of {sorted(METRICS)}"
-        )
+        raise ValueError(f"salience={unknown or metrics} is not known; choose among {sorted(known)}")
     for bits in widths:
         check_bits(bits)
     if not widths:
@@ -167,11 +168,12 @@ def _select(
 def _token_sample(
     model: nn.Module, data: Any, tokenizer: Any, num_samples: int, sequence_length: int | None, seed: int
 ) -> TokenSample:
-    """Draw the calibration tokens; the sequence length defaults to the model's context, at most 2048."""
+    """Draw the calibration tokens; by default in the length of token rows, or the model's context up to 2048."""
     config = getattr(model, "config", None)
     context = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQUENCE_LENGTH
     if sequence_length is None:
-        sequence_length = min(DEFAULT_SEQUENCE_LENGTH, context)
+        common = common_length(data)
+        sequence_length = min(common or DEFAULT_SEQUENCE_LENGTH, context)
     elif config is not None and sequence_length > context:
         raise ValueError(f"sequence_length={sequence_length} exceeds the model's context of {context} tokens")
     return token_batches(
@@ -182,6 +184,18 @@ def _token_sample(
         seed=seed,
         vocab_size=getattr(config, "vocab_size", None),
     )
+
+
+def common_length(data: Any) -> int | None:
+    """L of token rows that all have the same length: a tensor (S, L) or a list of 1-D tensors; else None."""
+    if isinstance(data, Tensor):
+        return data.shape[1] if data.dim() == 2 else None
+    if not isinstance(data, list | tuple) or not all(
+        isinstance(row, Tensor) and row.dim() == 1 for row in data
+    ):
+        return None
+    lengths = {len(row) for row in data}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 @contextmanager
@@ -307,10 +321,10 @@ def _run_with_loss(
 
 
 def _collect(
-    selection: Selection, recorder: SalienceRecorder, widths: tuple[int, ...], group_size: int
+    selection: Selection, recorder: SalienceRecorder, metrics: Sequence[str], group_size: int
 ) -> Calibration:
     """Move what was recorded to the CPU, fill in experts without tokens, and check that every layer was used."""
-    layers = {}
+    layers, widths = {}, recorder.widths
     for target in selection.targets:
         counts, scored = recorder.tokens[target.name], recorder.scored_tokens[target.name]
         if not any(counts):
@@ -321,10 +335,15 @@ def _collect(
         if not all(scored):
             free = data_free_scores(target, widths, group_size)
             scores = {metric: fill_dead_experts(score, free, scored) for metric, score in scores.items()}
+        for metric in metrics:
+            if metric in DATA_FREE_METRICS:
+                scores[metric] = data_free_scores(target, widths, group_size, metric)
+        scores = {metric: scores[metric] for metric in metrics}  # the first is the default of plans
         layers[target.name] = _statistics(target, scores, recorder.hessians, counts)
     sums = {} if recorder.hessians is None else recorder.hessians.hessians()
     on_cpu = {key: hessian.cpu() for key, hessian in sums.items()}
-    return Calibration(layers, selection.excluded, widths, group_size, on_cpu)
+    rounding = "gptq" if recorder.gptq else "rtn"
+    return Calibration(layers, selection.excluded, widths, group_size, on_cpu, scored_rounding=rounding)
 
 
 def _token_weights(recorder: SalienceRecorder, sample: TokenSample) -> dict[str, Tensor]:

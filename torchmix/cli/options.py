@@ -13,7 +13,8 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 DEFAULT_WIDTHS = (3, 4, 5, 6, 8)
 PAPER_WIDTHS = (4, 8)
 DEFAULT_GROUP_SIZE = 128
-DEFAULT_SAMPLES = 128
+DEFAULT_SAMPLES = 64
+DEFAULT_POINTS = 20
 MODEL_HELP = "directory of a transformers causal language model, or its id on the hub"
 
 
@@ -110,6 +111,14 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="rows of each width per layer come in multiples of R, as some kernels like (default: 1)",
     )
+    group.add_argument(
+        "--tensor-parallel",
+        type=positive,
+        metavar="N",
+        default=1,
+        help="each of N equal blocks of a layer's rows gets the same count of rows per width, so that the layer can be "
+        "cut over N devices (default: 1)",
+    )
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +193,18 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="chooses the samples; same seed, same result (default: 0)",
+    )
+
+
+def add_rounding(group: argparse._ArgumentGroup) -> None:
+    """How weights are rounded once their widths are known."""
+    group.add_argument(
+        "--rounding",
+        choices=ROUNDING_NAMES,
+        help="sequential rounds layer after layer on inputs from the layers quantized before (default with a text); "
+        "gptq lets later inputs make up for the error of earlier ones, without further passes over the text; clip "
+        "searches the best scale (default without a text); hqq fits the scale so that a few large errors count little, "
+        "without data; rtn rounds to the nearest code",
     )
 
 
