@@ -296,7 +296,7 @@ def test_learning_rates_rise_and_fall():
     assert rate_factor(1, 10) > 0.9, "a short run warms up in a fifth of its steps"
 
 
-def test_any_module_with_logits_will_do():
+def test_any_module_with_logits_will_do(device):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -308,9 +308,10 @@ def test_any_module_with_logits_will_do():
         def forward(self, ids):
             return self.head(self.norm(self.inner(self.embedding(ids))))
 
-    original = Model()
+    original = Model().to(device)
     model = apply_plan(copy.deepcopy(original), random_plan(original, (2,), exclude=["head"]))
     bias = model.inner.bias.clone()
     record = tune(model, original, torch.randint(50, (8, 16)), **FAST | {"code_lr": 0.0})
     assert record.kept
     assert torch.equal(model.inner.bias, bias)
+    assert all(parameter.device.type == device.type for parameter in model.parameters())
