@@ -85,9 +85,8 @@ def calibrate(
     Raises:
         ValueError, TypeError: unusable options, data, patterns or weights; NaN or Inf names the first layer.
     """
-    metrics = _check_options(salience, widths, group_size)
+    metrics, widths = _check_options(salience, widths, group_size)
     selection = _select(model, include, exclude, device)
-    widths = tuple(sorted(set(widths)))
     if data is None:
         return _calibrate_without_data(model, selection, widths, group_size)
     new_recorder = partial(_recorder, selection, metrics, widths, group_size, hessians)
@@ -135,8 +134,10 @@ def _calibrate_without_data(
     return Calibration(layers, selection.excluded, widths, group_size, model=weakref.ref(model))
 
 
-def _check_options(salience: str | Sequence[str], widths: Sequence[int], group_size: int) -> list[str]:
-    """Validated metric names."""
+def _check_options(
+    salience: str | Sequence[str], widths: Sequence[int], group_size: int
+) -> tuple[list[str], tuple[int, ...]]:
+    """Validated metric names, and the widths rising."""
     metrics = [salience] if isinstance(salience, str) else list(dict.fromkeys(salience))
     known = {*METRICS, *DATA_FREE_METRICS}
     unknown = [metric for metric in metrics if metric not in known]
@@ -147,7 +148,7 @@ def _check_options(salience: str | Sequence[str], widths: Sequence[int], group_s
     if not widths:
         raise ValueError(f"widths={tuple(widths)} must name at least one width from 2 to 8")
     check_group_size(group_size)
-    return metrics
+    return metrics, tuple(sorted(set(widths)))
 
 
 def _select(

@@ -135,7 +135,7 @@ def run_demo(texts: DemoText, settings: DemoSettings, stage: Stage = _no_stage) 
     token_ids, _ = read_token_ids(texts.evaluation, tokenizer)
     token_ids = token_ids[: settings.num_windows * WINDOW + 1]
     started = time.perf_counter()
-    with stage("calibrating", "samples") as progress:
+    with stage("calibrating", "steps") as progress:
         calibration = calibrate(
             original,
             [texts.calibration],
@@ -182,19 +182,20 @@ class _Quantized:
 
 def _quantize_all(original: nn.Module, calibration: Calibration, stage: Stage) -> dict[str, _Quantized]:
     """The four quantized models, all from one calibration."""
-    recipes: dict[str, tuple[dict[str, Any], str]] = {
-        "RTN, all rows 4 bits": ({"widths": (4,)}, "rtn"),
-        "GPTQ, all rows 4 bits": ({"widths": (4,)}, "gptq"),
-        "MixLLM, 10% of rows 8 bits": ({"rows_at_8_bits": PAPER_SHARE, "salience": "mixllm"}, "gptq"),
-        OURS: ({"bits": BITS}, "gptq"),
+    plain_gptq = {"rounding": "gptq", "refine": 0}
+    recipes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "RTN, all rows 4 bits": ({"widths": (4,)}, {"rounding": "rtn"}),
+        "GPTQ, all rows 4 bits": ({"widths": (4,)}, plain_gptq),
+        "MixLLM, 10% of rows 8 bits": ({"rows_at_8_bits": PAPER_SHARE, "salience": "mixllm"}, plain_gptq),
+        OURS: ({"bits": BITS}, {}),
     }
     results: dict[str, _Quantized] = {}
     with stage("quantizing", "models") as progress:
-        for done, (method, (budget, rounding)) in enumerate(recipes.items(), 1):
+        for done, (method, (budget, options)) in enumerate(recipes.items(), 1):
             started = time.perf_counter()
             plan = calibration.plan(**budget)
             model = copy.deepcopy(original)
-            quantize_(model, mixllm_config(plan, calibration, model=model, rounding=rounding))
+            quantize_(model, mixllm_config(plan, calibration, model=model, **options))
             results[method] = _Quantized(model, plan, time.perf_counter() - started)
             progress(done, len(recipes))
     return results
