@@ -101,7 +101,7 @@ def test_samples_continue_the_prompt(report: DemoReport) -> None:
 
 def test_progress_is_reported_for_each_stage(report: DemoReport) -> None:
     assert [(title, count) for title, _, count in STAGES] == [
-        ("calibrating", 2),
+        ("calibrating", 3),
         ("quantizing", 4),
         ("evaluating five models", 1),
         ("generating", 2),
