@@ -68,7 +68,7 @@ def test_a_layer_shows_rows_per_width_and_the_scores_behind(run: Run, quantized:
     assert max(entry["if_narrowest"][2] for entry in entries.values()) == float(scores[:, 0].max())
     text = run("inspect", quantized / "small", "--layer", LAYER)[1]
     assert "median at 3" in text
-    assert "gptq, signal to noise" in text
+    assert "sequential, signal to noise" in text
 
 
 def test_scores_come_from_the_calibration_file_where_one_is_given(

@@ -79,6 +79,87 @@ def test_the_papers_setting_reports_its_true_bits(run: Run, tiny_model: Path) ->
     assert report["bits_per_weight"] > 4.25
 
 
+def test_a_curve_instead_of_a_size(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    code, out, err = run("plan", tiny_model, "--curve", "--points", 4, "--json", tmp_path / "r.json")
+    assert (code, err.partition(":")[0]) == (0, "planning")
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    curve = report["curve"]
+    assert len(curve) == 4
+    assert set(curve[0]) == {
+        *(
+            "bits_per_weight",
+            "checkpoint_bytes",
+            "predicted_kl",
+            "measured_kl",
+            "measured_perplexity",
+            "ratio",
+        )
+    }
+    for key in ("bits_per_weight", "checkpoint_bytes"):
+        assert [row[key] for row in curve] == sorted(row[key] for row in curve)
+    assert {row["measured_kl"] for row in curve} == {None}
+    assert not {"bits_per_weight", "layers", "checkpoint_bytes"} & set(report)
+    assert report["estimated_seconds"] > 0
+    assert "predicted KL" in out
+    assert "size on disk  " not in out.partition("bits per weight")[0]
+
+
+def test_a_measured_curve_beside_a_size(run: Run, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    kept, plot = tmp_path / "m.cal", tmp_path / "curve.png"
+    data = ("--data", text_file, "--samples", 2, "--sequence-length", 64, "--save-calibration", kept)
+    assert run("plan", tiny_model, "--bits", 4.5, *data)[0] == 0
+    flags = ("--curve", "--points", 2, "--measure", text_file, "--measure-tokens", 1025, "--plot", plot)
+    code, out, err = run(
+        *("plan", tiny_model, "--calibration", kept, "--bits", 4.5, *flags),
+        *("--rounding", "rtn", "--json", tmp_path / "r.json"),
+    )
+    assert code == 0, err
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert report["measured_on"]["rounding"] == ["rtn"]
+    narrow, wide = report["curve"]
+    assert wide["measured_kl"] < report["measured_kl"] < narrow["measured_kl"]
+    assert narrow["ratio"] == narrow["measured_kl"] / narrow["predicted_kl"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    for text in (
+        "measured KL divergence",
+        "times the prediction",
+        "over the curve",
+        f"curve written to {plot}",
+    ):
+        assert text in out
+    assert "size 2 of 3, 3." in err
+
+
+def test_a_plot_without_matplotlib_is_found_out_before_the_work(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchmix.plots.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("torchmix.huggingface.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    code, _, err = run("plan", tiny_model, "--curve", "--plot", "c.png", "--measure", "python-docs")
+    assert code == 2
+    assert 'pip install "torchmix[plots]"' in err
+
+
+def test_rows_are_cut_for_several_devices(run: Run, tiny_model: Path) -> None:
+    report = json.loads(
+        run("plan", tiny_model, "--bits", 4.5, "--tensor-parallel", 4, "--row-multiple", 2, "--json", "-")[1]
+    )
+    assert (report["tensor_parallel"], report["row_multiple"]) == (4, 2)
+    for layer in report["layers"]:
+        assert all(rows % 8 == 0 for rows in layer["rows_per_bits"].values())
+    code, _, err = run("plan", tiny_model, "--bits", 4.5, "--tensor-parallel", 5)
+    assert code == 2
+    assert "5" in err
+
+
+def test_the_time_is_an_estimate_and_says_so(run: Run, tiny_model: Path, text_file: Path) -> None:
+    out = run("plan", tiny_model, "--bits", 4.5)[1]
+    assert "without calibration, about" in out.partition("time to quantize")[2].splitlines()[0]
+    data = ("--data", text_file, "--samples", 1, "--sequence-length", 64)
+    assert "of it calibration" in run("plan", tiny_model, "--bits", 4.5, *data)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -90,6 +171,8 @@ def test_the_papers_setting_reports_its_true_bits(run: Run, tiny_model: Path) ->
         (("--bits", 4, "--group-size", 100), "multiple of 8"),
         (("--bits", 4, "--json", "missing/r.json"), "make it first"),
         (("--bits", 4, "--max-shard-size", "huge"), "5GB"),
+        (("--curve", "--curve-from", 2), "--curve-from 2 is outside the feasible range"),
+        (("--curve", "--plot", "missing/c.png", "--measure", "python-docs"), "make it first"),
     ],
 )
 def test_what_cannot_be_planned_is_code_2_and_one_line(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from torchmix.cli import preparation
 from torchmix.cli.entry import build_parser
 from torchmix.cli.preparation import (
-    budget_arguments,
     calibration_text,
     check_data_file,
     check_flags,
     keeps_hessians,
     salience_for,
-    scored_widths,
+    sequence_length_of,
     text_of,
     warn_of_memory,
 )
@@ -42,6 +43,8 @@ def parse(*arguments: str) -> Namespace:
         (("--bits", "4", "--save-calibration", "c"), "--data"),
         (("--bits", "4", "--salience", "mixllm"), "--data"),
         (("--bits", "4", "--calibration", "c", "--include", "x"), "leave out --include"),
+        (("--rows-at-8-bits", "0.1", "--row-multiple", "16"), "--rows-at-8-bits says which rows"),
+        (("--plan", "p", "--tensor-parallel", "2"), "--plan says which rows"),
     ],
 )
 def test_contradictions_are_named(arguments: tuple[str, ...], message: str) -> None:
@@ -49,18 +52,22 @@ def test_contradictions_are_named(arguments: tuple[str, ...], message: str) -> N
         check_flags(parse(*arguments))
 
 
-def test_flags_become_arguments_of_the_library() -> None:
-    options = parse("--widths", "4")
-    check_flags(options)
-    assert budget_arguments(options) == {"bits": None, "widths": (4,), "row_multiple": 1}
-    assert scored_widths(options) == (4,)
-    paper = parse("--rows-at-8-bits", "0.1", "--data", "t")
-    check_flags(paper)
-    assert budget_arguments(paper) == {"rows_at_8_bits": 0.1}
-    assert scored_widths(paper) == (4, 8)
-    assert scored_widths(parse("--bits", "4")) == (3, 4, 5, 6, 8)
+def test_hessians_are_kept_where_something_needs_them() -> None:
     assert keeps_hessians(parse("--bits", "4"))
     assert not keeps_hessians(parse("--bits", "4", "--rounding", "rtn"))
+    plan = ["plan", "m", "--bits", "4"]
+    assert not keeps_hessians(build_parser().parse_args(plan))
+    assert keeps_hessians(build_parser().parse_args([*plan, "--measure", "t"]))
+    assert not keeps_hessians(build_parser().parse_args([*plan, "--measure", "t", "--rounding", "clip"]))
+    assert keeps_hessians(build_parser().parse_args([*plan, "--save-calibration", "c"]))
+
+
+def test_samples_are_as_long_as_the_model_allows() -> None:
+    model = nn.Module()
+    assert sequence_length_of(parse("--bits", "4"), model) == 2048
+    model.config = SimpleNamespace(max_position_embeddings=64)  # type: ignore[assignment]
+    assert sequence_length_of(parse("--bits", "4"), model) == 64
+    assert sequence_length_of(parse("--bits", "4", "--sequence-length", "16"), model) == 16
 
 
 def test_the_papers_setting_uses_the_papers_score_unless_told_otherwise() -> None:

@@ -52,7 +52,7 @@ def test_plan_and_directory_agree_and_the_model_runs(
         "plan", tiny_model, "--bits", 4.5, "--calibration", kept, "--json", "-", "--max-shard-size", "200kB"
     )
     assert json.loads(planned[1])["checkpoint_bytes"] == report["checkpoint_bytes"]
-    assert report["rounding"] == ["gptq"]
+    assert report["rounding"] == ["sequential"]
     assert report["predicted_kl"] > 0
     assert report["peak_host_bytes"] > 0
     assert "torchmix evaluate" in out
@@ -75,7 +75,7 @@ def test_plan_and_directory_agree_and_the_model_runs(
     assert str(tmp_path) not in card, "a card holds no path of the machine it was made on"
     layers = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))["layers"]
     assert set(layers) == {layer["name"] for layer in report["layers"]}
-    assert all(layer["rounding"] == "gptq" and layer["scores"] for layer in layers.values())
+    assert all(layer["rounding"] == "sequential" and layer["scores"] for layer in layers.values())
 
 
 def test_without_data_it_works_and_is_quiet_when_asked(run: Run, tiny_model: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_plan_with_data_measures_only_its_layers(
     code, out, err = run("quantize", tiny_model, *arguments, "--output", tmp_path / "o", "--json", "-")
     assert code == 0, err
     report = json.loads(out)
-    assert report["rounding"] == ["gptq"]
+    assert report["rounding"] == ["sequential"]
     assert len(report["layers"]) == 2
 
 
@@ -195,6 +195,26 @@ def test_an_already_quantized_model_is_refused(run: Run, tiny_model: Path, tmp_p
     assert code == 2
     assert "already quantized" in err
     assert not (tmp_path / "p").exists()
+
+
+def test_rows_cut_for_several_devices_are_recorded(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    flags = (
+        "--bits",
+        4.5,
+        "--tensor-parallel",
+        2,
+        "--rounding",
+        "rtn",
+        "--output",
+        tmp_path / "o",
+        "--quiet",
+    )
+    assert run("quantize", tiny_model, *flags)[0] == 0
+    plan = BitPlan.load(tmp_path / "o" / "torchmix_plan.json")
+    assert plan.tensor_parallel == 2
+    for layer in plan.layers.values():
+        first, second = layer.row_bits.chunk(2)
+        assert first.bincount(minlength=9).tolist() == second.bincount(minlength=9).tolist()
 
 
 def test_sequential_rounding(run: Run, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

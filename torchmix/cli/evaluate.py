@@ -11,13 +11,13 @@ from torchmix.cli import options as flags
 from torchmix.cli.formatting import facts, format_seconds
 from torchmix.cli.json_report import STDOUT, check_json_target, write_json_report
 from torchmix.cli.loading import check_model_name
-from torchmix.cli.preparation import check_data_file, text_of
+from torchmix.cli.measurement import evaluation_tokens
+from torchmix.cli.preparation import check_data_file
 from torchmix.cli.progress import ProgressReporter
 from torchmix.cli.startup import start
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 DESCRIPTION = """\
 Measure how well MODEL predicts a text, and with --reference how far its predictions are from the original's.
@@ -97,7 +97,8 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     for name in filter(None, (options.model, options.reference)):
         check_model_name(name)
     dtype = arithmetic_dtype(options)
-    token_ids, num_bytes = _tokens(options, load_tokenizer(options.model))
+    tokenizer = load_tokenizer(options.model)
+    token_ids, num_bytes = evaluation_tokens(options.data, tokenizer, options.max_tokens)
     model = load_model(options.model, dtype=dtype, device=options.device)
     reference = None
     if options.reference is not None:
@@ -128,18 +129,6 @@ def arithmetic_dtype(options: argparse.Namespace) -> torch.dtype | None:
     if options.dtype is not None:
         return getattr(torch, options.dtype)
     return torch.float32 if torch.device(options.device).type == "cpu" else None
-
-
-def _tokens(options: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, int]:
-    """Token ids and the bytes they stand for; a cut text has its share of the bytes."""
-    from torchmix.data import read_token_ids
-
-    text = text_of(options.data, "evaluation")
-    token_ids, num_bytes = read_token_ids(text if text is not options.data else Path(text), tokenizer)
-    if options.max_tokens is None or options.max_tokens >= len(token_ids):
-        return token_ids, num_bytes
-    kept = token_ids[: options.max_tokens]
-    return kept, max(1, round(num_bytes * len(kept) / len(token_ids)))
 
 
 def _text(report: dict[str, Any]) -> str:

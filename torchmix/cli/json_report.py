@@ -12,8 +12,8 @@ from typing import Any
 STDOUT = "-"
 
 
-def check_json_target(target: str | None) -> None:
-    """Find out before the work starts whether the file can be written.
+def check_json_target(target: str | None, flag: str = "--json") -> None:
+    """Find out before the work starts whether the file that a flag names can be written.
 
     Raises:
         FileNotFoundError: its folder does not exist.
@@ -23,7 +23,7 @@ def check_json_target(target: str | None) -> None:
         return
     path = Path(str(target))
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; give the name of a file after --json")
+        raise IsADirectoryError(f"{path} is a directory; give the name of a file after {flag}")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.absolute().parent}; make it first")
 

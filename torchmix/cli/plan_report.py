@@ -57,6 +57,8 @@ def plan_report(plan: BitPlan) -> dict[str, Any]:
         "coverage": plan.coverage,
         "salience": plan.salience,
         "group_size": plan.group_size,
+        "row_multiple": plan.row_multiple,
+        "tensor_parallel": plan.tensor_parallel,
         "layers": [line.to_dict() for line in plan_lines(plan)],
         "excluded": [{"name": entry.name, "reason": entry.reason} for entry in plan.excluded],
     }

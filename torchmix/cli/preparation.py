@@ -9,19 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchmix.cli.budget import has_size, plan_for, scored_widths
 from torchmix.cli.formatting import format_bytes
 from torchmix.cli.loading import LoadedModel, load_model_for
-from torchmix.cli.options import (
-    DEFAULT_GROUP_SIZE,
-    DEFAULT_WIDTHS,
-    PAPER_WIDTHS,
-    SALIENCE_NAMES,
-    WITH_HESSIANS,
-)
+from torchmix.cli.options import DEFAULT_GROUP_SIZE, PAPER_WIDTHS, SALIENCE_NAMES, WITH_HESSIANS
 from torchmix.cli.progress import ProgressReporter
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from torchmix.allocation import BitPlan
     from torchmix.calibration import Calibration
@@ -84,7 +80,6 @@ def check_flags(options: argparse.Namespace) -> None:
     Raises:
         ValueError: names the flags and the way out.
     """
-    single = options.widths is not None and len(options.widths) == 1
     plan_file = getattr(options, "plan", None)
     sizes = {
         "--bits": options.bits,
@@ -94,7 +89,7 @@ def check_flags(options: argparse.Namespace) -> None:
     given = [flag for flag, value in sizes.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{given[0]} and {given[1]} both set the size; give one of them")
-    if not given and not single:
+    if not has_size(options) and not getattr(options, "curve", False):
         raise ValueError(
             "how small? Give --bits 4.5, or --rows-at-8-bits 0.10, or one width such as --widths 4"
         )
@@ -104,6 +99,11 @@ def check_flags(options: argparse.Namespace) -> None:
         )
     if plan_file is not None and options.widths is not None:
         raise ValueError("--plan holds the width of every row already; leave out --widths")
+    fixed_rows = "--rows-at-8-bits" if options.rows_at_8_bits is not None else "--plan" if plan_file else ""
+    if fixed_rows and (options.row_multiple, options.tensor_parallel) != (1, 1):
+        raise ValueError(
+            f"{fixed_rows} says which rows get which width; leave out --row-multiple and --tensor-parallel"
+        )
     if options.data is not None and options.calibration is not None:
         raise ValueError("--data and --calibration both say how to rank rows; give one of them")
     if options.save_calibration is not None and options.data is None:
@@ -147,20 +147,6 @@ def text_of(data: str, half: str) -> str:
     return str(getattr(demo_texts(), half))
 
 
-def budget_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """The flags of the size as arguments of ``Calibration.plan``."""
-    if options.rows_at_8_bits is not None:
-        return {"rows_at_8_bits": options.rows_at_8_bits}
-    return {"bits": options.bits, "widths": options.widths, "row_multiple": options.row_multiple}
-
-
-def scored_widths(options: argparse.Namespace) -> tuple[int, ...]:
-    """The widths that calibration has to score."""
-    if options.rows_at_8_bits is not None:
-        return PAPER_WIDTHS
-    return options.widths or DEFAULT_WIDTHS
-
-
 def provisional_plan(options: argparse.Namespace, loaded: LoadedModel) -> BitPlan:
     """The plan's size and layers before anything is measured; fails where the real plan would.
 
@@ -176,7 +162,7 @@ def provisional_plan(options: argparse.Namespace, loaded: LoadedModel) -> BitPla
         include=options.include,
         exclude=options.exclude,
     )
-    return without_predictions(calibration.plan(**budget_arguments(options)))
+    return without_predictions(plan_for(options, calibration))
 
 
 def plan_from_file(options: argparse.Namespace, loaded: LoadedModel) -> BitPlan | None:
@@ -204,17 +190,22 @@ def plan_from_file(options: argparse.Namespace, loaded: LoadedModel) -> BitPlan 
 def forecast_for(options: argparse.Namespace, loaded: LoadedModel, plan: BitPlan) -> MemoryForecast:
     """Peak memory of what the flags ask for."""
     from torchmix.forecast import forecast_memory
-    from torchmix.workflow import DEFAULT_SEQUENCE_LENGTH
 
-    context = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
-    length = options.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, context or DEFAULT_SEQUENCE_LENGTH)
     return forecast_memory(
         loaded.model,
-        sequence_length=length if options.data is not None else None,
+        sequence_length=sequence_length_of(options, loaded.model) if options.data is not None else None,
         num_widths=len(scored_widths(options)),
-        hessians=getattr(options, "rounding", None) in WITH_HESSIANS,
+        hessians=options.rounding in WITH_HESSIANS,
         include=list(plan.layers),
     )
+
+
+def sequence_length_of(options: argparse.Namespace, model: nn.Module) -> int:
+    """Tokens per calibration sample: the flag's, else 2048 or the model's context where that is less."""
+    from torchmix.workflow import DEFAULT_SEQUENCE_LENGTH
+
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return options.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, context or DEFAULT_SEQUENCE_LENGTH)
 
 
 def warn_of_memory(forecast: MemoryForecast) -> None:
@@ -234,8 +225,8 @@ def warn_of_memory(forecast: MemoryForecast) -> None:
 
 def keeps_hessians(options: argparse.Namespace) -> bool:
     """Whether this command's rounding, or a later use of the calibration file, needs Hessians."""
-    rounds = options.command == "quantize" and options.rounding in WITH_HESSIANS
-    return rounds or options.save_calibration is not None
+    rounds = options.command == "quantize" or options.measure is not None
+    return (rounds and options.rounding in WITH_HESSIANS) or options.save_calibration is not None
 
 
 def measure(options: argparse.Namespace, loaded: LoadedModel, plan: BitPlan) -> Calibration:
@@ -259,7 +250,7 @@ def measure(options: argparse.Namespace, loaded: LoadedModel, plan: BitPlan) -> 
     if options.data is None:
         return calibrate(loaded.model, None, **common)
     data = text_of(options.data, "calibration")
-    with ProgressReporter("calibrating", "samples", quiet=options.quiet) as reporter:
+    with ProgressReporter("calibrating", "steps", quiet=options.quiet) as reporter:
         calibration = calibrate(
             loaded.model,
             data if data is options.data else [data],
@@ -292,7 +283,7 @@ def make_plan(options: argparse.Namespace, calibration: Calibration) -> BitPlan:
     metric = options.salience
     if metric is None and options.rows_at_8_bits is not None and "mixllm" in calibration.salience:
         metric = "mixllm"
-    return calibration.plan(**budget_arguments(options), salience=metric)
+    return plan_for(options, calibration, metric)
 
 
 def read_calibration(options: argparse.Namespace, loaded: LoadedModel) -> Calibration:

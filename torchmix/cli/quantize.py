@@ -32,6 +32,7 @@ from torchmix.cli.preparation import (
     prepare,
 )
 from torchmix.cli.progress import ProgressReporter
+from torchmix.cli.quantization import quantize_model
 from torchmix.cli.startup import start
 
 if TYPE_CHECKING:
@@ -76,14 +77,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     flags.add_budget(parser)
     flags.add_calibration(parser)
     group = parser.add_argument_group("rounding")
-    group.add_argument(
-        "--rounding",
-        choices=flags.ROUNDING_NAMES,
-        help="gptq lets later inputs make up for the error of earlier ones (default with a text); sequential does so "
-        "layer after layer on inputs from the layers quantized before, about a tenth less KL divergence for some more "
-        "passes over the text; clip searches the best scale (default without); hqq fits the scale "
-        "so that a few large errors count little, without data; rtn rounds to the nearest code",
-    )
+    flags.add_rounding(group)
     group.add_argument(
         "--plan",
         metavar="FILE",
@@ -138,22 +132,11 @@ def _check_space(options: argparse.Namespace, loaded: LoadedModel, plan: BitPlan
 
 def _quantize(options: argparse.Namespace, preparation: Preparation) -> list[LayerRecord]:
     """Replace the weights by quantized ones; returns what became of every layer."""
-    from torchao.quantization import quantize_
-
-    from torchmix.config import mixllm_config
-
-    calibration, model = preparation.calibration, preparation.loaded.model
+    model = preparation.loaded.model
     with ProgressReporter("rounding", "layers", quiet=options.quiet) as reporter:
-        config = mixllm_config(
-            preparation.plan,
-            calibration if calibration is not None and calibration.hessians else None,
-            model=model,
-            rounding=options.rounding,
-            progress=reporter,
-        )
-        quantize_(model, config)
+        records = quantize_model(model, preparation.plan, preparation.calibration, options.rounding, reporter)
     restore_dtypes(model, preparation.loaded.dtypes)
-    return config.records
+    return records
 
 
 def _save(
