@@ -34,10 +34,20 @@ from torchmix.cli.preparation import (
 from torchmix.cli.progress import ProgressReporter
 from torchmix.cli.quantization import quantize_model
 from torchmix.cli.startup import start
+from torchmix.cli.tuning import (
+    add_tuning,
+    check_tuning,
+    original_for_tuning,
+    tune_model,
+    tuning_report,
+    tuning_text,
+    warn_of_tuning_memory,
+)
 
 if TYPE_CHECKING:
     from torchmix.allocation import BitPlan
     from torchmix.config import LayerRecord
+    from torchmix.tuning import TuningRecord
 
 DESCRIPTION = """\
 Quantize MODEL and write the result to a directory that transformers loads after 'import torchmix'. Calibration runs
@@ -83,6 +93,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="FILE",
         help="width of every row from 'torchmix plan --output FILE', edited or not, instead of a size",
     )
+    add_tuning(group)
     flags.add_selection(parser)
     flags.add_machine(parser)
     flags.add_output(parser)
@@ -93,14 +104,15 @@ def run(options: argparse.Namespace) -> int:
     """Quantize, write, and say what became of the model."""
     started = time.perf_counter()
     check_flags(options)
+    check_tuning(options)
     _check_targets(options)
     start(quiet=options.quiet, progress_bars=not Path(options.model).exists())
     preparation = prepare(options, partial(_check_space, options))
-    records = _quantize(options, preparation)
-    report = _save(options, preparation, records)
+    records, tuning = _quantize(options, preparation)
+    report = _save(options, preparation, records, tuning)
     report["seconds"] = time.perf_counter() - started
     if options.json != STDOUT:
-        print(_text(options, preparation.plan, report))
+        print(_text(options, preparation.plan, report, tuning))
     write_json_report(options.json, report)
     return 0
 
@@ -128,19 +140,27 @@ def _check_space(options: argparse.Namespace, loaded: LoadedModel, plan: BitPlan
     # in the dtype of the arithmetic this is an upper bound of what will be written
     num_bytes = planned_checkpoint_bytes(loaded.model, plan, options.max_shard_size)
     check_target(Path(options.output), options.overwrite, num_bytes)
+    warn_of_tuning_memory(options, loaded.model, plan)
 
 
-def _quantize(options: argparse.Namespace, preparation: Preparation) -> list[LayerRecord]:
-    """Replace the weights by quantized ones; returns what became of every layer."""
-    model = preparation.loaded.model
+def _quantize(
+    options: argparse.Namespace, preparation: Preparation
+) -> tuple[list[LayerRecord], TuningRecord | None]:
+    """Replace the weights by quantized ones, tune them if asked to; returns what became of every layer."""
+    model, calibration = preparation.loaded.model, preparation.calibration
+    original = original_for_tuning(options, model, calibration)
     with ProgressReporter("rounding", "layers", quiet=options.quiet) as reporter:
-        records = quantize_model(model, preparation.plan, preparation.calibration, options.rounding, reporter)
+        records = quantize_model(model, preparation.plan, calibration, options.rounding, reporter)
+    tuning = tune_model(options, model, original, calibration)
     restore_dtypes(model, preparation.loaded.dtypes)
-    return records
+    return records, tuning
 
 
 def _save(
-    options: argparse.Namespace, preparation: Preparation, records: list[LayerRecord]
+    options: argparse.Namespace,
+    preparation: Preparation,
+    records: list[LayerRecord],
+    tuning: TuningRecord | None,
 ) -> dict[str, Any]:
     """Write the directory; returns the JSON report."""
     from torchmix.checkpoint import save_pretrained
@@ -154,9 +174,9 @@ def _save(
         source=loaded.directory,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
-        card=_card(options, preparation),
+        card=_card(options, preparation, tuning),
     )
-    layers = layer_report(plan, preparation.calibration, records)
+    layers = {**layer_report(plan, preparation.calibration, records), "tuning": tuning_report(tuning)}
     write_json_report(str(Path(options.output) / REPORT_NAME), layers)
     return {
         "model": options.model,
@@ -170,10 +190,11 @@ def _save(
         "rounding": sorted({record.method for record in records}),
         "notes": [f"{record.name}: {note}" for record in records for note in record.notes],
         "calibration": layers["calibration"],
+        "tuning": layers["tuning"],
     }
 
 
-def _card(options: argparse.Namespace, preparation: Preparation) -> str:
+def _card(options: argparse.Namespace, preparation: Preparation, tuning: TuningRecord | None) -> str:
     """The model card: what was measured, and the command that made it."""
     from torchmix.checkpoint import planned_checkpoint_bytes
     from torchmix.checkpoint_format import FORMAT_VERSION, producer_name
@@ -193,6 +214,7 @@ def _card(options: argparse.Namespace, preparation: Preparation) -> str:
         "predicted KL divergence": kl_text(plan.predicted_kl),
         "calibration": f"{calibration_text(calibration)}; sha256 of the tokens `{origin['sha256'] or '-'}`",
         "rows ranked by": plan.salience,
+        **({} if tuning is None else {"tuned": tuning_text(tuning)}),
         "made with": f"`{_command(options)}`",
     }
     return model_card(info, Path(options.output).name, details)
@@ -205,7 +227,9 @@ def _command(options: argparse.Namespace) -> str:
     return shlex.join(["torchmix", *(names or ["quantize", options.model])])
 
 
-def _text(options: argparse.Namespace, plan: BitPlan, report: dict[str, Any]) -> str:
+def _text(
+    options: argparse.Namespace, plan: BitPlan, report: dict[str, Any], tuning: TuningRecord | None
+) -> str:
     """What is printed."""
     lines = plan_lines(plan)
     pairs = [
@@ -213,6 +237,7 @@ def _text(options: argparse.Namespace, plan: BitPlan, report: dict[str, Any]) ->
         ("true bits per weight", f"{plan.bits_per_weight:.4f}, everything stored for these layers counted"),
         ("quantized", coverage_line(lines, plan.coverage)),
         ("rounded with", ", ".join(report["rounding"])),
+        *([] if tuning is None else [("tuned", tuning_text(tuning))]),
         ("predicted KL divergence", kl_text(plan.predicted_kl)),
         ("peak memory", format_bytes(report["peak_host_bytes"])),
         ("this took", format_seconds(report["seconds"])),
