@@ -54,6 +54,8 @@ def test_numbers_of_a_checkpoint(original):
         "format_version",
         "producer",
         "group_size",
+        "row_multiple",
+        "tensor_parallel",
         "activation_group",
         "layers",
         "excluded",

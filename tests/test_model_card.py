@@ -15,6 +15,8 @@ INFO: dict[str, Any] = {
     "format_version": 1,
     "producer": "torchmix 0.1.0",
     "group_size": 64,
+    "row_multiple": 1,
+    "tensor_parallel": 1,
     "activation_group": "group",
     "layers": [
         {"name": "a.weight", "rows_per_bits": {"4": 60, "8": 10}},
@@ -56,6 +58,14 @@ def test_how_to_load(transformers, line):
     assert line in lines
     start = lines.index("```python")
     compile("\n".join(lines[start + 1 : lines.index("```", start)]), "card", "exec")
+
+
+def test_rules_for_rows_are_named_where_there_are_any():
+    assert "multiples of" not in model_card(INFO, "x")
+    assert "parallelism" not in model_card(INFO, "x")
+    text = model_card(INFO | {"row_multiple": 16, "tensor_parallel": 2}, "x")
+    assert "| rows of each width per layer | multiples of 16 |" in text
+    assert "| tensor parallelism | 2 equal blocks of rows with equal widths |" in text
 
 
 def test_one_scale_per_token_and_nothing_excluded():

@@ -68,6 +68,8 @@ class CheckpointInfo:
             "format_version": self.config.format_version,
             "producer": self.config.producer,
             "group_size": self.config.group_size,
+            "row_multiple": self.config.row_multiple,
+            "tensor_parallel": self.config.tensor_parallel,
             "activation_group": "token" if self.config.per_token else "group",
             "layers": [
                 {

@@ -30,7 +30,7 @@ def model_card(
     """Markdown text for README.md.
 
     Args:
-        info: ``CheckpointInfo.to_dict()``.
+        info: ``CheckpointInfo.to_dict()``, or a mapping with its keys but for the shards.
         name: title, usually the directory's name.
         facts: further lines such as "KL divergence" or "calibration data" -> value.
         transformers: whether transformers can load it; other modules need a skeleton.
@@ -50,6 +50,7 @@ def model_card(
             f"{info['bits_per_weight']:.4f} (codes, scales, zero points and row widths)",
         ),
         ("rows (output features)", widths),
+        *_row_rules(info),
         ("activations", f"int8, quantized on the fly per {activations}"),
         ("size of all weight files", f"{info['checkpoint_bytes']:,} bytes"),
         ("quantized layers", f"{len(info['layers'])}, {info['coverage']:.1%} of the linear weights"),
@@ -78,3 +79,15 @@ Quantized with torchmix: every row (output feature) of a linear weight has its o
 
 {excluded}
 """
+
+
+def _row_rules(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was asked of the counts of rows per width, where something was."""
+    rules = []
+    if info["row_multiple"] > 1:
+        rules.append(("rows of each width per layer", f"multiples of {info['row_multiple']}"))
+    if info["tensor_parallel"] > 1:
+        rules.append(
+            ("tensor parallelism", f"{info['tensor_parallel']} equal blocks of rows with equal widths")
+        )
+    return rules

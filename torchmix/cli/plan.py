@@ -58,7 +58,9 @@ Without --data this takes seconds, and which rows get more bits is decided by th
 the model is calibrated as 'torchmix quantize' would do it, and the KL divergence from the original is predicted.
 
 --curve prints a table of sizes, beside or instead of one size. --measure quantizes a copy of the model at each size,
-compares it with the original on a text, and says how far the prediction was off; that takes as long as it sounds.
+compares it with the original on a text, and says how far the prediction was off; it takes the time to quantize for
+every size, and memory for a second model. The prediction is about weights alone: what the int8 activations cost comes
+on top, and is most of the divergence of very large sizes.
 """
 
 EXAMPLES = """\
