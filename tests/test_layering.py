@@ -44,6 +44,7 @@ THIRD_PARTY = {
     "huggingface_hub": {"huggingface", "hub"},
     "datasets": {"data"},
     "matplotlib": {"plots"},
+    "triton": {"rounding"},
 }
 
 

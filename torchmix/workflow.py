@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_WIDTHS = (3, 4, 5, 6, 8)
 DEFAULT_SALIENCE = "fisher_token"
 DEFAULT_SAMPLES = 64
-DEFAULT_SCORED_SAMPLES = 32
+DEFAULT_SCORED_SAMPLES = 16
 DEFAULT_SEQUENCE_LENGTH = 2048
 Progress = Callable[[int, int], None]
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -63,8 +63,8 @@ def calibrate(
 ) -> Calibration:
     """Measure what quantizing each row at each width costs, and the layers' input statistics.
 
-    Language models are measured block by block with the errors that GPTQ leaves (:mod:`torchmix.scoring_blocks`), others
-    as a whole with those of round to nearest. Training mode, ``requires_grad`` flags and random state stay as they are.
+    Language models are measured block by block with the errors that GPTQ leaves (:mod:`torchmix.scoring_blocks`),
+    others as a whole with those of round to nearest. The model's mode and flags, and random state, stay as they are.
 
     Args:
         model: any module. Causal language models are called as ``model(input_ids)``; others need ``loss_fn``.

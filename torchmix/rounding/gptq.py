@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from torchmix.primitives import SCALE_DTYPE, code_limits
-from torchmix.rounding.clip_search import ClipSearch, clip_round, round_columns, search_grid
+from torchmix.rounding.clip_search import ClipSearch, clip_round, search_grid
 from torchmix.rounding.rounded_weight import RoundedWeight
+from torchmix.rounding.sweep import Grid, gptq_group
 
 PERCDAMP = 0.01
 DAMPING_STEPS = (1.0, 10.0, 100.0)  # percdamp is multiplied by these until the Cholesky factor exists
-INNER_COLUMNS = 16  # columns that are kept up to date one by one; memory traffic falls with it
-Grid = tuple[Tensor, Tensor]
 
 
 def gptq_round(
@@ -65,21 +64,19 @@ def gptq_round(
 
     diagonal = hessian.diagonal()
 
+    low, high = (limit[:, None] for limit in code_limits(row_bits))
+
     def choose_grid(block: Tensor, columns: slice) -> Grid:
-        return search_grid(block, row_bits, diagonal[order[columns]], search)
-
-    limits = tuple(limit[:, None] for limit in code_limits(row_bits))
-
-    def round_column(column: Tensor, grid: Grid) -> Tensor:
-        return round_columns(column, *grid, (limits[0], limits[1]))
+        scale, zero_point = search_grid(block, row_bits, diagonal[order[columns]], search)
+        return Grid(scale, zero_point, low, high)
 
     sizes = [len(groups[g]) for g in visit]
-    codes, grids = gptq_sweep(weight[:, order], factor, sizes, choose_grid, round_column)
+    codes, grids = gptq_sweep(weight[:, order], factor, sizes, choose_grid, gptq_group)
     restored = torch.empty_like(codes, dtype=torch.int8)
     restored[:, order] = codes.to(torch.int8)
     in_place = [grids[visit.index(g)] for g in range(len(groups))]
-    scale = torch.cat([scale for scale, _ in in_place], 1)
-    zero_point = torch.cat([zero for _, zero in in_place], 1)
+    scale = torch.cat([grid.scale for grid in in_place], 1)
+    zero_point = torch.cat([grid.zero_point for grid in in_place], 1)
     return RoundedWeight(
         restored, scale.to(SCALE_DTYPE), zero_point.to(torch.uint8), group_size, "gptq", note
     )
@@ -90,7 +87,7 @@ def gptq_sweep(
     U_KK: Tensor,
     block_sizes: list[int],
     choose_grid: Callable[[Tensor, slice], Grid],
-    round_column: Callable[[Tensor, Grid], Tensor],
+    round_block: Callable[[Tensor, Tensor, Grid], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, list[Grid]]:
     """Algorithm 1 of GPTQ with lazy updates; the number format is the caller's.
 
@@ -98,32 +95,24 @@ def gptq_sweep(
         W_NK: float32 (N, K), columns in the order of the visit; overwritten.
         U_KK: float32 (K, K), upper Cholesky factor of the inverse Hessian in the same order.
         block_sizes: inputs per block; the grid is chosen at the start of each block.
-        choose_grid: (block (N, g), its columns) -> scale and zero point, (N, 1) each.
-        round_column: (column (N, 1), grid) -> codes (N, 1) as float32.
+        choose_grid: (block (N, g), its columns) -> grid.
+        round_block: (block (N, g), its part of U (g, g), grid) -> codes and errors (N, g), as
+            :func:`torchmix.rounding.sweep.gptq_group`.
 
     Returns:
         float32 codes (N, K) and the grid of each block.
     """
-    codes_NK, grids, start = torch.empty_like(W_NK), [], 0
+    codes, grids, start = [], [], 0
     for size in block_sizes:
         columns = slice(start, start + size)
-        W_Ng, U_gg = W_NK[:, columns], U_KK[columns, columns]
-        scale, zero_point = grid = choose_grid(W_Ng, columns)
-        error_Ng = torch.empty_like(W_Ng)
-        for first in range(0, size, INNER_COLUMNS):
-            end = min(first + INNER_COLUMNS, size)
-            for k in range(first, end):
-                w_N1 = W_Ng[:, k : k + 1]
-                code_N1 = round_column(w_N1, grid)
-                codes_NK[:, start + k : start + k + 1] = code_N1
-                error_Ng[:, k : k + 1] = (w_N1 - scale * (code_N1 - zero_point)) / U_gg[k, k]
-                # the next few columns now, the others of this block once per few, all later ones once per block
-                W_Ng[:, k + 1 : end].addr_(error_Ng[:, k], U_gg[k, k + 1 : end], alpha=-1)
-            W_Ng[:, end:].addmm_(error_Ng[:, first:end], U_gg[first:end, end:], alpha=-1)
+        grid = choose_grid(W_NK[:, columns], columns)
+        codes_Ng, error_Ng = round_block(W_NK[:, columns], U_KK[columns, columns], grid)
+        # the columns of later blocks, once per block
         W_NK[:, columns.stop :].addmm_(error_Ng, U_KK[columns, columns.stop :], alpha=-1)
+        codes.append(codes_Ng)
         grids.append(grid)
         start += size
-    return codes_NK, grids
+    return torch.cat(codes, 1), grids
 
 
 def _inverse_cholesky(hessian: Tensor, percdamp: float) -> tuple[Tensor | None, str]:

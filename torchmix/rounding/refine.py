@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from torchmix.primitives import SCALE_DTYPE, code_limits
-from torchmix.rounding.clip_search import round_columns
-from torchmix.rounding.gptq import INNER_COLUMNS
 from torchmix.rounding.rounded_weight import RoundedWeight
+from torchmix.rounding.sweep import Grid, descend_group
 
 DEFAULT_REFINE = 3
 MAX_SCALE_STEP = 1.25  # a scale moves by at most this factor, so that a flat direction cannot run away
@@ -112,20 +111,10 @@ def descend(weight: Tensor, rounded: RoundedWeight, row_bits: Tensor, hessian: T
     error_NK = weight - quantized_NK
     for g, columns in enumerate(torch.arange(weight.shape[1]).split(rounded.group_size)):
         part = slice(int(columns[0]), int(columns[-1]) + 1)
-        H_gg = hessian[part, part]
         pull_Ng = error_NK @ hessian[:, part]  # e H of this group, kept up to date for its later inputs
         scale, zero_point = rounded.scale[:, g : g + 1].float(), rounded.zero_point[:, g : g + 1].float()
-        q_Ng, codes_Ng, step_Ng = quantized_NK[:, part], codes_NK[:, part], torch.empty_like(pull_Ng)
-        for first in range(0, len(columns), INNER_COLUMNS):
-            end = min(first + INNER_COLUMNS, len(columns))
-            for k in range(first, end):
-                wanted = q_Ng[:, k : k + 1] + pull_Ng[:, k : k + 1] / H_gg[k, k]
-                code = round_columns(wanted, scale, zero_point, (low, high))
-                codes_Ng[:, k : k + 1] = code
-                step_Ng[:, k : k + 1] = scale * (code - zero_point) - q_Ng[:, k : k + 1]
-                # the next few inputs now, the others of this group once per few
-                pull_Ng[:, k + 1 : end].addr_(step_Ng[:, k], H_gg[k, k + 1 : end], alpha=-1)
-            pull_Ng[:, end:].addmm_(step_Ng[:, first:end], H_gg[first:end, end:], alpha=-1)
+        grid, q_Ng = Grid(scale, zero_point, low, high), quantized_NK[:, part]
+        codes_NK[:, part], step_Ng = descend_group(pull_Ng, hessian[part, part], q_Ng, grid)
         q_Ng += step_Ng
         error_NK[:, part] = weight[:, part] - q_Ng
     return codes_NK.to(torch.int8)

@@ -1,0 +1,118 @@
+"""The inner loops of rounding as one CUDA kernel per group (L3), in Triton; imported where they are used.
+
+A program owns some rows and keeps their group in registers. The loop over columns is inside: a column is picked out
+by a sum over a row with all other columns masked, which costs g operations per element and no memory traffic.
+
+Shapes: N rows, g inputs of the group, B rows of a program.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+from torch import Tensor
+
+from torchmix.rounding.sweep import Grid
+
+ROWS = 16  # rows of a program: 16 x 128 floats, three times, fit the registers of four warps
+
+
+@triton.jit
+def _nearest(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
+    """clamp(round(x / scale) + zero_point): IEEE division, half to even."""
+    ratio = tl.minimum(tl.maximum(tl.div_rn(x, scale), -1048576.0), 1048576.0)
+    # adding and taking away 1.5 * 2**23 rounds to an integer, half to even, for magnitudes below 2**22
+    rounded = (ratio + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(rounded + zero_point, low), high)
+
+
+@triton.jit
+def _sweep(
+    x_ptr: Any,  # (N, g) GPTQ: weights; descent: e H
+    q_ptr: Any,  # (N, g) descent: values now; GPTQ: not read
+    m_ptr: Any,  # (g, g) GPTQ: Cholesky factor; descent: Hessian
+    scale_ptr: Any,
+    zero_ptr: Any,
+    low_ptr: Any,
+    high_ptr: Any,
+    codes_ptr: Any,  # (N, g) out
+    error_ptr: Any,  # (N, g) out: GPTQ's errors, or the steps of the descent
+    rows: Any,
+    x_stride: Any,
+    q_stride: Any,
+    m_stride: Any,
+    SIZE: tl.constexpr,  # g: a constant, as there are one or two sizes in a model
+    DESCENT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, COLUMNS)
+    inside_r, inside_c = r < rows, c < SIZE
+    inside = inside_r[:, None] & inside_c[None, :]
+    x = tl.load(x_ptr + r[:, None] * x_stride + c[None, :], mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + r, mask=inside_r, other=1.0)
+    zero = tl.load(zero_ptr + r, mask=inside_r, other=0.0)
+    low = tl.load(low_ptr + r, mask=inside_r, other=0.0)
+    high = tl.load(high_ptr + r, mask=inside_r, other=0.0)
+    if DESCENT:
+        q = tl.load(q_ptr + r[:, None] * q_stride + c[None, :], mask=inside, other=0.0)
+    codes = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    errors = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for k in range(SIZE):
+        here = c == k
+        m = tl.load(m_ptr + k * m_stride + c, mask=inside_c, other=0.0)
+        m_kk = tl.sum(tl.where(here, m, 0.0), 0)
+        x_k = tl.sum(tl.where(here[None, :], x, 0.0), 1)
+        if DESCENT:
+            q_k = tl.sum(tl.where(here[None, :], q, 0.0), 1)
+            code = _nearest(q_k + tl.div_rn(x_k, tl.zeros_like(x_k) + m_kk), scale, zero, low, high)
+            error = scale * (code - zero) - q_k
+        else:
+            code = _nearest(x_k, scale, zero, low, high)
+            error = tl.div_rn(x_k - scale * (code - zero), tl.zeros_like(x_k) + m_kk)
+        x = tl.where(c[None, :] > k, x - error[:, None] * m[None, :], x)
+        codes = tl.where(here[None, :], code[:, None], codes)
+        errors = tl.where(here[None, :], error[:, None], errors)
+    out = r[:, None] * SIZE + c[None, :]
+    tl.store(codes_ptr + out, codes, mask=inside)
+    tl.store(error_ptr + out, errors, mask=inside)
+
+
+def _launch(x: Tensor, q: Tensor, matrix: Tensor, grid: Grid, descent: bool) -> tuple[Tensor, Tensor]:
+    """One kernel for all rows; the last dimension of every operand is contiguous, or is made so."""
+    x, q, matrix = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, q, matrix))
+    per_row = [t.float().contiguous() for t in (grid.scale, grid.zero_point, grid.low, grid.high)]
+    rows, columns = x.shape
+    codes, errors = x.new_empty(rows, columns), x.new_empty(rows, columns)
+    with torch.cuda.device_of(x):
+        _sweep[(triton.cdiv(rows, ROWS),)](
+            x,
+            q,
+            matrix,
+            *per_row,
+            codes,
+            errors,
+            rows,
+            x.stride(0),
+            q.stride(0),
+            matrix.stride(0),
+            SIZE=columns,
+            DESCENT=descent,
+            COLUMNS=triton.next_power_of_2(columns),
+            BLOCK=ROWS,
+        )
+    return codes, errors
+
+
+def gptq_group(W_Ng: Tensor, U_gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """See :func:`torchmix.rounding.sweep.gptq_group`; ``W_Ng`` is not changed."""
+    return _launch(W_Ng, W_Ng, U_gg, grid, descent=False)
+
+
+def descend_group(pull_Ng: Tensor, H_gg: Tensor, q_Ng: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """See :func:`torchmix.rounding.sweep.descend_group`; ``pull_Ng`` is not changed."""
+    return _launch(pull_Ng, q_Ng, H_gg, grid, descent=True)
