@@ -22,7 +22,7 @@ from torchmix.rounding import DEFAULT_REFINE, gptq_round
 
 PRODUCT_SIZE = 512  # of the square matrices that are timed
 FEW_ROWS, MANY_ROWS = 64, 2048  # of the groups that are timed
-_TIMED_SECONDS = 0.05  # at least, for products; a group is timed once after a first run
+_REPEATS = 3  # of each measurement; the best counts, as other programs only ever make it slower
 _SEQUENTIAL_PASSES = (
     8.0  # forward passes through the blocks: parts of them for each input, original and quantized
 )
@@ -64,34 +64,31 @@ class TimeForecast:
 def measure_speed(device: torch.device | str = "cpu", group_size: int = 128) -> Speed:
     """Time a matrix product and GPTQ of one group; takes a fraction of a second and changes no random state."""
     x = torch.linspace(-1, 1, PRODUCT_SIZE**2, device=device).view(PRODUCT_SIZE, PRODUCT_SIZE)
-    count, seconds = 0, 0.0
-    _timed(lambda: x @ x, x)
-    while seconds < _TIMED_SECONDS:
-        seconds += _timed(lambda: x @ x, x)
-        count += 1
+    seconds = _best_time(lambda: x @ x, x)
     few, many = (_group_seconds(rows, group_size, x.device) for rows in (FEW_ROWS, MANY_ROWS))
     per_weight = max(many - few, 0.0) / (group_size * (MANY_ROWS - FEW_ROWS))
     per_column = max(few / group_size - FEW_ROWS * per_weight, 0.0)
-    return Speed(2 * PRODUCT_SIZE**3 * count / seconds, per_column, per_weight)
+    return Speed(2 * PRODUCT_SIZE**3 / seconds, per_column, per_weight)
 
 
 def _group_seconds(rows: int, group_size: int, device: torch.device) -> float:
-    """Seconds of GPTQ of a weight (rows, g), the second time."""
+    """Seconds of GPTQ of a weight (rows, g)."""
     weight = torch.linspace(-1, 1, rows * group_size, device=device).view(rows, group_size)
     row_bits = torch.full((rows,), 4, dtype=torch.uint8, device=device)
     hessian = torch.eye(group_size, device=device)
-    run = lambda: gptq_round(weight, row_bits, group_size, hessian)  # noqa: E731
-    _timed(run, weight)
-    return _timed(run, weight)
+    return _best_time(lambda: gptq_round(weight, row_bits, group_size, hessian), weight)
 
 
-def _timed(run: Callable[[], object], where: Tensor) -> float:
-    """Seconds of one call, finished on its device."""
-    started = time.perf_counter()
-    run()
-    if where.device.type == "cuda":
-        torch.cuda.synchronize(where.device)
-    return time.perf_counter() - started
+def _best_time(run: Callable[[], object], where: Tensor) -> float:
+    """Shortest of several calls in seconds, each finished on its device, after one that does not count."""
+    times = []
+    for _ in range(1 + _REPEATS):
+        started = time.perf_counter()
+        run()
+        if where.device.type == "cuda":
+            torch.cuda.synchronize(where.device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
 
 
 def forecast_time(

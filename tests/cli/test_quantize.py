@@ -71,6 +71,7 @@ def test_plan_and_directory_agree_and_the_model_runs(
 
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "predicted KL divergence" in card
+    assert "| rounded with | sequential |" in card
     assert "notes.txt" in card
     assert str(tmp_path) not in card, "a card holds no path of the machine it was made on"
     layers = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))["layers"]
@@ -212,6 +213,9 @@ def test_rows_cut_for_several_devices_are_recorded(run: Run, tiny_model: Path, t
     assert run("quantize", tiny_model, *flags)[0] == 0
     plan = BitPlan.load(tmp_path / "o" / "torchmix_plan.json")
     assert plan.tensor_parallel == 2
+    assert "| tensor parallelism | 2 equal blocks" in (tmp_path / "o" / "README.md").read_text(
+        encoding="utf-8"
+    )
     for layer in plan.layers.values():
         first, second = layer.row_bits.chunk(2)
         assert first.bincount(minlength=9).tolist() == second.bincount(minlength=9).tolist()

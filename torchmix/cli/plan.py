@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 _ONE_SIZE = ("bits_per_weight", "predicted_kl", "layers")  # keys that a curve alone does not have
 DESCRIPTION = """\
 Say what quantizing MODEL would give before it is done: the size on disk to the byte, the true bits per weight, the
-memory it takes, and every layer that is left out, with the reason. Nothing is written unless --output, --json or
---save-calibration names a file. The exit code is not 0 where the size cannot be reached.
+memory it takes, and every layer that is left out, with the reason. Nothing is written unless --output, --json,
+--plot or --save-calibration names a file. The exit code is not 0 where the size cannot be reached.
 
 Without --data this takes seconds, and which rows get more bits is decided by their rounding errors alone. With --data
 the model is calibrated as 'torchmix quantize' would do it, and the KL divergence from the original is predicted.

@@ -174,7 +174,7 @@ def _save(
         source=loaded.directory,
         max_shard_size=options.max_shard_size,
         overwrite=options.overwrite,
-        card=_card(options, preparation, tuning),
+        card=_card(options, preparation, records, tuning),
     )
     layers = {**layer_report(plan, preparation.calibration, records), "tuning": tuning_report(tuning)}
     write_json_report(str(Path(options.output) / REPORT_NAME), layers)
@@ -194,7 +194,12 @@ def _save(
     }
 
 
-def _card(options: argparse.Namespace, preparation: Preparation, tuning: TuningRecord | None) -> str:
+def _card(
+    options: argparse.Namespace,
+    preparation: Preparation,
+    records: list[LayerRecord],
+    tuning: TuningRecord | None,
+) -> str:
     """The model card: what was measured, and the command that made it."""
     from torchmix.checkpoint import planned_checkpoint_bytes
     from torchmix.checkpoint_format import FORMAT_VERSION, producer_name
@@ -214,6 +219,7 @@ def _card(options: argparse.Namespace, preparation: Preparation, tuning: TuningR
         "predicted KL divergence": kl_text(plan.predicted_kl),
         "calibration": f"{calibration_text(calibration)}; sha256 of the tokens `{origin['sha256'] or '-'}`",
         "rows ranked by": plan.salience,
+        "rounded with": ", ".join(sorted({record.method for record in records})),
         **({} if tuning is None else {"tuned": tuning_text(tuning)}),
         "made with": f"`{_command(options)}`",
     }
