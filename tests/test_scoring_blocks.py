@@ -10,7 +10,7 @@ from tests.models.tiny_models import random_ids, tiny_model
 from torchmix.capture import HessianAccumulator, LinearCalls, NotReplayableError
 from torchmix.rounding import gptq_round
 from torchmix.scoring import SalienceRecorder, rounding_errors, token_losses
-from torchmix.scoring_blocks import calibrate_by_blocks, spread
+from torchmix.scoring_blocks import calibrate_by_blocks, choose_scored
 from torchmix.selection import select_parameters
 from torchmix.workflow import calibration_mode
 
@@ -149,7 +149,8 @@ def test_progress_counts_blocks_in_both_directions():
 
 
 @pytest.mark.parametrize(
-    ("count", "chosen", "expected"), [(5, 9, [0, 1, 2, 3, 4]), (6, 2, [0, 3]), (1, 1, [0])]
+    ("count", "wanted", "expected"),
+    [(64, 4, [0, 16, 32, 48]), (8, None, [0, 4]), (3, None, [0]), (3, 9, [0, 1, 2]), (1, None, [0])],
 )
-def test_spread(count, chosen, expected):
-    assert spread(count, chosen) == expected
+def test_choose_scored(count, wanted, expected):
+    assert choose_scored(count, wanted) == expected

@@ -116,6 +116,7 @@ class SalienceRecorder:
         samples: numbers of the calibration samples that run now, for messages.
         scoring: whether this sample's tokens are scored; without it only gradients are recorded.
         gptq: score the error that GPTQ leaves (for metrics that ask for it); needs finished Hessians.
+        late_hessians: scored tokens join the Hessians only when they are scored, so that GPTQ has not seen them before.
         scores: metric -> parameter name -> float64 (N, W) or (E, N, W).
         tokens: parameter name -> tokens seen by each expert (one entry without experts).
         scored_tokens: the same for tokens that were scored.
@@ -139,6 +140,7 @@ class SalienceRecorder:
         self.samples: Sequence[int] = (0,)
         self.scoring = True
         self.gptq = False
+        self.late_hessians = False
         self.hessians = hessians
         self._targets = {target.name: target for target in targets}
         self._widths, self._group_size = tuple(widths), group_size
@@ -194,7 +196,7 @@ class SalienceRecorder:
                 "weights before it, or calibrate in float32 or bfloat16 instead of float16"
             )
         self.tokens[call.name][call.expert or 0] += len(call.x)
-        if self.hessians is not None:
+        if self.hessians is not None and not (self.late_hessians and self.scoring):
             self.hessians.add(call)
 
     def _sample_of(self, finite: Tensor) -> int:
@@ -206,6 +208,7 @@ class SalienceRecorder:
         """Score one application of a layer, where needed once its gradient is known."""
         if self.scoring:
             self.scored_tokens[call.name][call.expert or 0] += len(call.x)
+            self._prepare(call)
             if None in self._by_labels:
                 self._add(call, None, None)
         if not self.needs_labels or not len(call.x):
@@ -219,6 +222,13 @@ class SalienceRecorder:
                 self._add(call, gradient, self.labels)
 
         return on_gradient
+
+    def _prepare(self, call: LinearCall) -> None:
+        """Round with GPTQ before the Hessian learns of these tokens, which are scored unseen."""
+        if self.gptq and any(self._takes_gptq(metric) for metric in self.scores):
+            self._errors_of(call, True)
+        if self.late_hessians and self.hessians is not None:
+            self.hessians.add(call)
 
     def _add(self, call: LinearCall, gradient: Tensor | None, labels: str | None) -> None:
         """Add one sample of one layer to the metrics of these labels."""

@@ -2,8 +2,9 @@
 
 First all samples go forward, block after block, and leave the Hessians of the layers; what enters each block is
 kept in main memory. Then the gradient of the loss goes backward through the blocks in reverse, each recomputed from
-what entered it. By then the Hessians are finished, so each block's layers are rounded at every width once, and the
-scores are those of the rounding that is really used. Memory for errors and gradients is bounded by one block.
+what entered it. By then the Hessians are known, so each block's layers are rounded at every width once, and the scores
+are those of the rounding that is really used. A sample that is scored joins the Hessians only then: GPTQ fits the
+tokens it has seen better than others. Memory for errors and gradients is bounded by one block.
 
 Shapes: S samples of L tokens, B samples of a chunk, D hidden size, V vocabulary.
 """
@@ -29,6 +30,7 @@ from torchmix.evaluation import model_logits
 from torchmix.scoring import SalienceRecorder, check_differentiable, check_logits, token_losses
 from torchmix.selection import Target
 
+MOST_SCORED = 16  # samples; more of them did not change held-out results
 CHUNK_TOKENS = 4096  # tokens that go through a block together: enough for full speed, little beside a block
 Progress = Callable[[int, int], None]
 
@@ -41,9 +43,9 @@ class _Chunk:
     scored: bool
 
 
-def spread(count: int, chosen: int) -> list[int]:
-    """``chosen`` of ``count`` numbers, evenly spaced, in order."""
-    chosen = min(count, chosen)
+def choose_scored(count: int, wanted: int | None) -> list[int]:
+    """Numbers of the samples to score, evenly spaced; by default a quarter of all, from 1 up to 16."""
+    chosen = max(1, min(MOST_SCORED, count // 4)) if wanted is None else min(wanted, count)
     return [i * count // chosen for i in range(chosen)]
 
 
@@ -52,7 +54,7 @@ def calibrate_by_blocks(
     targets: Sequence[Target],
     recorder: SalienceRecorder,
     samples: Tensor,
-    scored_samples: int,
+    scored_samples: int | None,
     seed: int,
     progress: Progress | None = None,
 ) -> int:
@@ -63,7 +65,8 @@ def calibrate_by_blocks(
         targets: weights to measure.
         recorder: takes in what is measured.
         samples: int64 (S, L).
-        scored_samples: samples whose tokens are scored, spread evenly; the others give Hessians and gradients.
+        scored_samples: samples whose tokens are scored, see :func:`choose_scored`; the others give Hessians and
+            gradients.
         seed: draws the labels of metrics on the model's own predictions.
         progress: called as ``progress(steps_done, steps_in_all)``, once per block and direction.
 
@@ -79,7 +82,7 @@ def calibrate_by_blocks(
     recorder.gptq = recorder.hessians is not None
     run.head()
     run.backward()
-    return len(spread(len(samples), scored_samples)) * samples.shape[1]
+    return len(choose_scored(len(samples), scored_samples)) * samples.shape[1]
 
 
 class _BlockRun:
@@ -91,7 +94,7 @@ class _BlockRun:
         targets: Sequence[Target],
         recorder: SalienceRecorder,
         samples: Tensor,
-        scored_samples: int,
+        scored_samples: int | None,
         seed: int,
         progress: Progress | None,
     ) -> None:
@@ -100,8 +103,9 @@ class _BlockRun:
         device = targets[0].weight.device
         self._generator = torch.Generator(device).manual_seed(seed)
         self._device, self._progress, self._steps = device, progress, 0
-        scored = spread(len(samples), scored_samples)
+        scored = choose_scored(len(samples), scored_samples)
         others = sorted(set(range(len(samples))) - set(scored))
+        recorder.late_hessians = bool(others)
         recorder.sample_order = scored + others
         size = max(1, 1 if recorder.one_by_one else CHUNK_TOKENS // samples.shape[1])
         blocks, entering = self._record(scored + others, size)
@@ -158,7 +162,7 @@ class _BlockRun:
         for block in self._blocks:
             weights, following = self._weights_in(block), []
             for chunk, hidden in zip(self._chunks, self._entering[-1], strict=True):
-                self._recorder.samples = chunk.numbers
+                self._recorder.samples, self._recorder.scoring = chunk.numbers, chunk.scored
                 with LinearCalls(weights, self._recorder.observe):
                     following.append(block.run(block.module, hidden.to(self._device)).cpu())
                 if self._recorder.hessians is not None:
@@ -166,6 +170,7 @@ class _BlockRun:
             self._entering.append(following)
             self._tick()
         for chunk, hidden in zip(self._chunks, self._entering[-1], strict=True):
+            self._recorder.scoring = chunk.scored
             if self._outside:
                 for number, state in zip(chunk.numbers, hidden.split(1), strict=True):
                     self._recorder.samples = [number]
@@ -237,3 +242,5 @@ class _BlockRun:
             retain = labels != kinds[-1]
             (gradient,) = torch.autograd.grad(output, leaf, arriving, retain_graph=retain)
             self._gradients[labels][index] = gradient.cpu()
+        if recorder.hessians is not None:
+            recorder.hessians.forget_last()

@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_WIDTHS = (3, 4, 5, 6, 8)
 DEFAULT_SALIENCE = "fisher_token"
 DEFAULT_SAMPLES = 64
-DEFAULT_SCORED_SAMPLES = 16
 DEFAULT_SEQUENCE_LENGTH = 2048
 Progress = Callable[[int, int], None]
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -56,7 +55,7 @@ def calibrate(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     loss_fn: LossFn | None = None,
-    scored_samples: int = DEFAULT_SCORED_SAMPLES,
+    scored_samples: int | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -77,7 +76,7 @@ def calibrate(
         hessians: keep the Hessians that GPTQ needs, 4 K² bytes for each distinct layer input.
         include, exclude: patterns, see :func:`torchmix.selection.select_parameters`.
         loss_fn: (model, batch) -> scalar loss, summed over what the batch holds.
-        scored_samples: so many of the samples, evenly spread, are scored: scores need fewer tokens than Hessians.
+        scored_samples: samples that are scored, by default a quarter, up to 16: scores need fewer tokens than Hessians.
         device: where to run; the model is moved there. By default where it is.
         seed: chooses the samples and draws the labels of metrics on the model's own predictions.
         progress: called as ``progress(steps_done, steps_in_all)``; a step is a block in one direction, or a sample.
@@ -232,7 +231,7 @@ def _run_language_model(
     selection: Selection,
     new_recorder: Callable[[], SalienceRecorder],
     sample: TokenSample,
-    scored_samples: int,
+    scored_samples: int | None,
     seed: int,
     progress: Progress | None,
 ) -> tuple[SalienceRecorder, int]:
