@@ -52,7 +52,7 @@ def estimate_time(options: argparse.Namespace, preparation: Preparation) -> Time
         preparation: model, plan and calibration.
     """
     from torchmix.forecast_time import forecast_time, measure_speed
-    from torchmix.workflow import DEFAULT_SCORED_SAMPLES
+    from torchmix.scoring_blocks import choose_scored
 
     model, plan, calibration = preparation.loaded.model, preparation.plan, preparation.calibration
     speed = measure_speed(options.device, plan.group_size)
@@ -78,7 +78,7 @@ def estimate_time(options: argparse.Namespace, preparation: Preparation) -> Time
         plan,
         speed,
         tokens=options.samples * length,
-        scored_tokens=min(options.samples, DEFAULT_SCORED_SAMPLES) * length,
+        scored_tokens=len(choose_scored(options.samples, None)) * length,
         num_widths=widths,
         rounding=options.rounding,
     )
