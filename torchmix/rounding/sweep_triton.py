@@ -1,14 +1,13 @@
 """The inner loops of rounding as one CUDA kernel per group (L3), in Triton; imported where they are used.
 
 A program owns some rows and keeps their group in registers. The loop over columns is inside: a column is picked out
-by a sum over a row with all other columns masked, which costs g operations per element and no memory traffic.
+by a sum over a row with all other columns masked, which costs g operations per element and no memory traffic. Triton
+reads the annotations of its functions, so theirs stay in comments.
 
 Shapes: N rows, g inputs of the group, B rows of a program.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped,unused-ignore]
@@ -21,7 +20,7 @@ ROWS = 16  # rows of a program: 16 x 128 floats, three times, fit the registers 
 
 
 @triton.jit
-def _nearest(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
+def _nearest(x, scale, zero_point, low, high):  # type: ignore[no-untyped-def]
     """clamp(round(x / scale) + zero_point): IEEE division, half to even."""
     ratio = tl.minimum(tl.maximum(tl.div_rn(x, scale), -1048576.0), 1048576.0)
     # adding and taking away 1.5 * 2**23 rounds to an integer, half to even, for magnitudes below 2**22
@@ -30,25 +29,25 @@ def _nearest(x: Any, scale: Any, zero_point: Any, low: Any, high: Any) -> Any:
 
 
 @triton.jit
-def _sweep(
-    x_ptr: Any,  # (N, g) GPTQ: weights; descent: e H
-    q_ptr: Any,  # (N, g) descent: values now; GPTQ: not read
-    m_ptr: Any,  # (g, g) GPTQ: Cholesky factor; descent: Hessian
-    scale_ptr: Any,
-    zero_ptr: Any,
-    low_ptr: Any,
-    high_ptr: Any,
-    codes_ptr: Any,  # (N, g) out
-    error_ptr: Any,  # (N, g) out: GPTQ's errors, or the steps of the descent
-    rows: Any,
-    x_stride: Any,
-    q_stride: Any,
-    m_stride: Any,
+def _sweep(  # type: ignore[no-untyped-def]
+    x_ptr,  # (N, g) GPTQ: weights; descent: e H
+    q_ptr,  # (N, g) descent: values now; GPTQ: not read
+    m_ptr,  # (g, g) GPTQ: Cholesky factor; descent: Hessian
+    scale_ptr,
+    zero_ptr,
+    low_ptr,
+    high_ptr,
+    codes_ptr,  # (N, g) out
+    error_ptr,  # (N, g) out: GPTQ's errors, or the steps of the descent
+    rows,
+    x_stride,
+    q_stride,
+    m_stride,
     SIZE: tl.constexpr,  # g: a constant, as there are one or two sizes in a model
     DESCENT: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, COLUMNS)
     inside_r, inside_c = r < rows, c < SIZE
