@@ -1,7 +1,9 @@
 """One evaluator for all quality tables: calibrate, plan, quantize, evaluate, and write down under which conditions.
 
-Every case goes through the same pipeline, through the real packed tensors and ops, with int8 activations. Bits are
-true: codes, scales, zero points and row widths of the quantized layers.
+Every case goes through the same pipeline. Bits are true: codes, scales, zero points and row widths of the quantized
+layers. Models are evaluated through their packed tensors and ops. ``--dense`` takes the same weights dequantized and
+the same int8 activations in floating point instead: equal but for the order of float sums, which tips single roundings,
+and several times faster where there are no kernels. A row is written as soon as it is known.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from torchao.quantization import quantize_
 
 import torchmix
 from torchmix.calibration import Calibration
+from torchmix.capture import QuantizedInputs
 from torchmix.data import read_token_ids
-from torchmix.evaluation import Evaluation, evaluate_many
+from torchmix.evaluation import Evaluation, evaluate
 from torchmix.huggingface import load_model, load_tokenizer
+from torchmix.tensor import MixedPrecisionTensor
 
 ORIGINAL = "original"
 Planner = Callable[[Calibration, nn.Module], torchmix.BitPlan]
@@ -74,6 +78,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens per sample (default: 1024)")
     parser.add_argument("--max-tokens", type=int, help="evaluate on the first tokens only")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+    parser.add_argument(
+        "--dense", action="store_true", help="evaluate dequantized weights with int8 activations (faster)"
+    )
     parser.add_argument("--only", help="run only the cases whose name contains this")
     parser.add_argument("--csv", type=Path, help="write the table here too")
     parser.add_argument("--commit", help="version for the CSV, where the code runs outside its repository")
@@ -136,25 +143,34 @@ class Bench:
 
     def run(self, cases: Iterable[Case]) -> list[dict[str, str]]:
         """All cases that were asked for, evaluated on the whole text; rows as they go into the CSV."""
-        wanted = [case for case in cases if not self.options.only or self.options.only in case.name]
-        models: dict[str, nn.Module] = {ORIGINAL: self.model}
-        made: dict[str, tuple[Case, torchmix.BitPlan, float]] = {}
-        for case in wanted:
-            models[case.name], plan, seconds = self.quantize(case)
-            made[case.name] = (case, plan, seconds)
-            print(f"{case.name}: {plan.bits_per_weight:.4f} bits, {seconds:.1f} s", flush=True)
         token_ids, _ = read_token_ids(self.options.text, self.tokenizer)
-        results = evaluate_many(
-            models,
-            token_ids[: self.options.max_tokens],
+        token_ids = token_ids[: self.options.max_tokens]
+        original = self._evaluate(self.model, token_ids)
+        rows = [self._row(ORIGINAL, original, original, None, None, 0.0)]
+        for case in cases:
+            if self.options.only and self.options.only not in case.name:
+                continue
+            model, plan, seconds = self.quantize(case)
+            started = time.perf_counter()
+            if self.options.dense:
+                model = Dense(model)
+            result = self._evaluate(model, token_ids)
+            rows.append(self._row(case.name, result, original, case, plan, seconds))
+            took = f"{seconds:.1f} + {time.perf_counter() - started:.1f} s"
+            print(
+                f"{case.name}: {plan.bits_per_weight:.4f} bits, KL {result.kl_mean:.5f}, {took}", flush=True
+            )
+            write_csv(rows, self.options.csv)
+        return rows
+
+    def _evaluate(self, model: nn.Module, token_ids: torch.Tensor) -> Evaluation:
+        return evaluate(
+            model,
+            token_ids,
             reference=self.model,
             window=self.options.sequence_length,
-            batch_size=8 if self.options.device != "cpu" else 2,
+            batch_size=2 if self.options.device == "cpu" else 8,
         )
-        original = results.pop(ORIGINAL)
-        rows = [self._row(ORIGINAL, original, original, None, None, 0.0)]
-        rows += [self._row(name, results[name], original, *made[name]) for name in results]
-        return rows
 
     def _row(
         self,
@@ -185,6 +201,7 @@ class Bench:
 
     def _conditions(self) -> dict[str, str]:
         return {
+            "evaluated": "dense" if self.options.dense else "packed",
             "text": Path(self.options.text).name,
             "model": Path(self.options.model).name,
             "machine": f"{machine(self.options.device)}, torch {torch.__version__}",
@@ -208,11 +225,17 @@ def git_commit() -> str:
 
 
 def report(rows: list[dict[str, str]], path: Path | None) -> None:
-    """Print the table, and write it as CSV: under a temporary name first."""
+    """Print the table."""
     shown = list(rows[0])[: list(rows[0]).index("samples")]
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in shown}
     for row in ({key: key for key in shown}, *rows):
         print("  ".join(row[key].ljust(widths[key]) for key in shown))
+    if path is not None:
+        print(f"written to {path}")
+
+
+def write_csv(rows: list[dict[str, str]], path: Path | None) -> None:
+    """Write the rows, under a temporary name first."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +245,27 @@ def report(rows: list[dict[str, str]], path: Path | None) -> None:
         writer.writeheader()
         writer.writerows(rows)
     temporary.replace(path)
-    print(f"written to {path}")
+
+
+class Dense(nn.Module):
+    """A quantized model with dense weights of the same values, its activations quantized to int8 and back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        packed = {name: p for name, p in model.named_parameters() if isinstance(p, MixedPrecisionTensor)}
+        first = next(iter(packed.values()))
+        self._int8 = QuantizedInputs(first.group_size, first.per_token)
+        for name, weight in packed.items():
+            owner, _, attribute = name.rpartition(".")
+            dense = nn.Parameter(weight.dequantize(), requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, dense)
+            self._int8.add(dense)
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        """Logits of the model inside."""
+        with self._int8:
+            return self.model(input_ids, use_cache=False)
 
 
 def with_samples(case: Case, samples: int) -> Case:

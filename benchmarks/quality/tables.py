@@ -55,7 +55,7 @@ def accuracy() -> Iterator[Case]:
 
 def rows() -> Iterator[Case]:
     """What it costs that the rows of one width come in multiples."""
-    for multiple in (1, 16, 64):
+    for multiple in (16, 64):
         for bits in BUDGETS:
             yield Case(f"{bits:g} bits, row_multiple {multiple}", {"bits": bits, "row_multiple": multiple})
 
@@ -79,7 +79,6 @@ def ablation() -> Iterator[Case]:
     yield Case("SmoothQuant first", budget, measurement=Measurement(transform="smoothquant"))
     yield Case("Hadamard rotation first", budget, measurement=Measurement(transform="rotation"))
     yield Case("tuned: scales and norms", budget, tune={**TUNING, "learn_codes": False})
-    yield Case("tuned: codes, scales and norms", budget, tune=TUNING)
 
 
 def neighbours() -> Iterator[Case]:
