@@ -7,6 +7,8 @@ import functools
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ from torchmix.tensor import MixedPrecisionTensor
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
-ACCURACY = ROOT / "benchmarks" / "results" / "accuracy_wiki_llama_22m.csv"
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
 
@@ -65,14 +66,30 @@ def test_table_is_the_measured_one() -> None:
     assert table in README, f"put this into README.md:\n{table}"
 
 
-def test_accuracy_table_is_the_measured_one() -> None:
-    with ACCURACY.open(newline="", encoding="utf-8") as file:
-        original, *rows = csv.DictReader(file)
-    assert f"perplexity of the original {original['perplexity']}" in README
-    for row in rows:
-        cells = (row["method"], row["bits_per_weight"], row["perplexity_loss"], row["kl_mean"])
-        assert f"| {' | '.join(cells)} |" in README
-    assert original["machine"].partition(",")[0] in README
+def test_quality_tables_are_the_measured_ones() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality" / "readme.py"), "--check"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, f"run benchmarks/quality/readme.py: {run.stderr}"
+
+
+def test_sentences_about_other_tables_are_true() -> None:
+    """Numbers in the text after the ablation, from their files."""
+
+    def kl(table: str) -> dict[str, str]:
+        with (RESULTS.parent / "quality_wiki_llama_22m" / f"{table}.csv").open(
+            newline="", encoding="utf-8"
+        ) as file:
+            return {row["method"]: f"{float(row['kl_mean']):.4f}" for row in csv.DictReader(file)}
+
+    text = " ".join(README.split())
+    seeds = [value for method, value in kl("seeds").items() if method.startswith("torchmix")]
+    assert f"lie between {min(seeds)} and {max(seeds)}" in text
+    size, other = kl("size"), kl("other_text")
+    assert f"128 samples instead of 64 give {size['torchmix, 128 samples']}" in text
+    assert f"32 give {size['torchmix, 32 samples']}" in text
+    ours, gptq = (f"{name}, on Python's documentation" for name in ("torchmix, 4.41 bits", "GPTQ, 4 bits"))
+    like = other["GPTQ, 4 bits, on text like the evaluation's"]
+    assert f"the same budget gives {other[ours]}, and GPTQ at 4 bits {other[gptq]} instead of {like}" in text
 
 
 def test_files_that_are_named_exist() -> None:

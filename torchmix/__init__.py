@@ -10,12 +10,12 @@ The map of the package, lowest layer first:
     ``MixedPrecisionTensor``, the weight whose rows have different widths
 ``capture``, ``evaluation``
     what flows through linear layers; perplexity and KL divergence
-``rounding``, ``salience``, ``allocation``
-    GPTQ and simpler rounding; what a row's error costs; which row gets how many bits
-``selection``, ``scoring``, ``calibration``, ``config``, ``checkpoint``
-    which weights; scores of all rows; what was measured; ``quantize_``; files
-``workflow``, ``data``, ``huggingface``
-    ``calibrate``; tokens from texts, chats and data sets; transformers
+``rounding``, ``salience``, ``allocation``, ``transforms``
+    GPTQ, refit and refinement; what a row's error costs; which row gets how many bits; exact rewrites of a model
+``selection``, ``scoring``, ``sequential``, ``calibration``, ``config``, ``checkpoint``
+    which weights; scores of all rows; rounding in sequence; what was measured; ``quantize_``; files
+``workflow``, ``data``, ``huggingface``, ``tuning``
+    ``calibrate``; tokens from texts, chats and data sets; transformers; training on top
 ``tuning``
     ``tune``: codes, scales and norms trained towards the original model, after quantization
 ``cli``, ``demo``

@@ -363,6 +363,11 @@ def _quantize_data_free(module: nn.Module, parameter_name: str, config: MixLLMCo
             "quantize_(model, mixllm_config(plan, calibration)).",
             stacklevel=2,
         )
+    if not isinstance(module, nn.Linear):
+        raise TypeError(
+            f"{module}: without a plan only nn.Linear can be quantized, as the way other weights lie is unknown; "
+            "pass a plan, as of calibrate(model, data).plan(bits=4.5)"
+        )
     target = Target(str(module), module, parameter_name, transposed=False)
     in_features = target.rows.shape[-1]
     if in_features < MIN_IN_FEATURES:

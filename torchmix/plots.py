@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
-_BLUE, _VERMILION = "#0072B2", "#D55E00"
+_BLUE, _VERMILION, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": _VERMILION, "linestyle": "-", "marker": "s"},
+    {"color": _BLUE, "linestyle": "--", "marker": "o"},
+    {"color": _GREEN, "linestyle": "-.", "marker": "^"},
+    {"color": _GREY, "linestyle": ":", "marker": "v"},
+)
 _SERIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (
         "predicted_kl",
@@ -48,22 +54,49 @@ def quality_curve(rows: Sequence[Mapping[str, float | None]], title: str = "") -
         ValueError: no row has a divergence.
     """
     check_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     series = {key: _points(rows, key) for key, _, _ in _SERIES}
     if not any(series.values()):
         raise ValueError(
             f"{len(rows)} rows and no KL divergence in them, so there is nothing to draw; predict it from data with "
             "salience fisher_token, or measure it"
         )
+    return _draw([(label, series[key], style) for key, label, style in _SERIES if series[key]], title)
+
+
+def method_curves(methods: Mapping[str, Sequence[tuple[float, float]]], title: str = "") -> Figure:
+    """KL divergence over true bits of up to four methods, on a logarithmic axis.
+
+    Args:
+        methods: name -> (bits per weight, KL divergence in nats per token) of each size.
+        title: above the figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no method, or more than four.
+    """
+    check_matplotlib()
+    if not 1 <= len(methods) <= len(_STYLES):
+        raise ValueError(f"{len(methods)} methods; a figure stays readable with 1 to {len(_STYLES)}")
+    return _draw(
+        [
+            (name, sorted(points), style)
+            for (name, points), style in zip(methods.items(), _STYLES, strict=False)
+        ],
+        title,
+    )
+
+
+def _draw(curves: Sequence[tuple[str, Sequence[tuple[float, float]], dict[str, Any]]], title: str) -> Figure:
+    """A figure of label, points and line style of each curve."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key, label, style in _SERIES:
-        if series[key]:
-            axes.plot(*zip(*series[key], strict=True), label=label, linewidth=1.6, markersize=5, **style)
+    for label, points, style in curves:
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6, markersize=5, **style)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

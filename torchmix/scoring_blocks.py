@@ -22,6 +22,7 @@ from torchmix.capture import (
     LinearCall,
     LinearCalls,
     NotReplayableError,
+    chunk_samples,
     find_blocks,
     record_blocks,
     short_circuit,
@@ -31,7 +32,6 @@ from torchmix.scoring import SalienceRecorder, check_differentiable, check_logit
 from torchmix.selection import Target
 
 MOST_SCORED = 16  # samples; more of them did not change held-out results
-CHUNK_TOKENS = 4096  # tokens that go through a block together: enough for full speed, little beside a block
 Progress = Callable[[int, int], None]
 
 
@@ -107,7 +107,7 @@ class _BlockRun:
         others = sorted(set(range(len(samples))) - set(scored))
         recorder.late_hessians = bool(others)
         recorder.sample_order = scored + others
-        size = max(1, 1 if recorder.one_by_one else CHUNK_TOKENS // samples.shape[1])
+        size = 1 if recorder.one_by_one else chunk_samples(device, samples.shape[1])
         blocks, entering = self._record(scored + others, size)
         if len(entering) == len(samples):
             size = 1

@@ -23,6 +23,7 @@ from torchmix.capture import (
     LinearCall,
     QuantizedInputs,
     ResidualAdds,
+    chunk_samples,
     fake_quantize,
     find_blocks,
     record_blocks,
@@ -38,7 +39,6 @@ from torchmix.rounding import (
 )
 from torchmix.selection import Target
 
-CHUNK_TOKENS = 8192  # tokens that go through a block together
 Progress = Callable[[Collection[str], str], None]
 
 
@@ -91,7 +91,7 @@ def round_sequentially(
     plain = {target.name: target for target in targets if target.num_experts is None}
     run = _Run(plain, row_bits, settings, token_weights or {}, progress)
     with evaluation_mode([model]), torch.no_grad():
-        chunk = max(1, CHUNK_TOKENS // samples.shape[1])
+        chunk = chunk_samples(targets[0].weight.device, samples.shape[1])
         blocks, hidden = record_blocks(
             find_blocks(model, list(plain)), lambda ids: model_logits("the model", model, ids), samples, chunk
         )

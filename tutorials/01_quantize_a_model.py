@@ -76,8 +76,8 @@ assert len({plan.bits_per_weight_of(name) for name in plan.layers}) > 10, "layer
 # %% [markdown]
 # ## 3. Quantize
 #
-# `quantize_` is torchao's, and works in place. Rows are rounded by GPTQ at their own widths. Beside the plan of 4.5
-# bits we make the usual one, 4 bits for every row.
+# `quantize_` is torchao's, and works in place. Layers are rounded by GPTQ one after another, each on inputs from the
+# layers quantized before it. Beside the plan of 4.5 bits we make the usual one, 4 bits for every row.
 
 # %%
 mixed, all_four = copy.deepcopy(model), copy.deepcopy(model)
@@ -102,7 +102,7 @@ for name, score in scores.items():
 
 # %% [markdown]
 # A third of a bit more, given to the right rows, halves the distance from the original. The prediction was made before
-# anything was quantized; it is rough, because it takes round-to-nearest errors and GPTQ makes smaller ones.
+# anything was quantized, from the errors that GPTQ leaves on the calibration text; this is the other half of the text.
 
 # %%
 kl, uniform_kl = scores["mixed"].kl_mean, scores["4 bits"].kl_mean

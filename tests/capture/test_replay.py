@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchmix.capture import NotReplayableError, find_blocks, record_blocks, short_circuit
+from torchmix.capture import NotReplayableError, chunk_samples, find_blocks, record_blocks, short_circuit
 
 D = 8
 
@@ -116,3 +116,9 @@ def test_short_circuit_leaves_only_what_is_outside_the_blocks():
         assert torch.equal(model(ids), model.other[0](hidden))
     assert not any("forward" in vars(block.module) for block in blocks)
     assert not torch.equal(model(ids), model.other[0](hidden))
+
+
+def test_chunks_are_larger_on_a_gpu_and_never_empty():
+    assert chunk_samples(torch.device("cpu"), 512) == 4
+    assert chunk_samples(torch.device("cuda"), 512) == 16
+    assert chunk_samples(torch.device("cpu"), 100_000) == 1

@@ -7,6 +7,7 @@ from torchmix.capture.quantized_inputs import QuantizedInputs, fake_quantize
 from torchmix.capture.replay import (
     Block,
     NotReplayableError,
+    chunk_samples,
     find_blocks,
     record_blocks,
     short_circuit,
@@ -22,6 +23,7 @@ __all__ = [
     "NotReplayableError",
     "QuantizedInputs",
     "ResidualAdds",
+    "chunk_samples",
     "fake_quantize",
     "find_blocks",
     "record_blocks",

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torchmix.capture.linear_calls import OPERANDS, with_operand
-from torchmix.ops import quantize_activation
-from torchmix.primitives import split_groups
+from torchmix.primitives import MIN_RANGE, SYMMETRIC_MAX, split_groups
 
 
 def fake_quantize(x: Tensor, group_size: int, per_token: bool) -> Tensor:
-    """What a quantized layer computes with instead of ``x`` (..., K): quantized to int8 and back, same dtype."""
-    flat = x.reshape(-1, x.shape[-1])
-    codes, scale, _ = quantize_activation(flat, group_size, per_token)
-    groups = split_groups(codes.float(), group_size).mul_(scale[..., None])
-    return groups.flatten(1)[:, : x.shape[-1]].to(x.dtype).view(x.shape)
+    """What a quantized layer computes with instead of ``x`` (..., K): quantized to int8 and back, same dtype.
+
+    The formula of :func:`torchmix.ops.quantize_activation`, without the codes and sums that only a kernel needs.
+    """
+    groups = split_groups(x.reshape(-1, x.shape[-1]).float(), group_size)
+    absmax = torch.linalg.vector_norm(groups, torch.inf, dim=-1, keepdim=True)
+    if per_token:
+        absmax = absmax.amax(1, keepdim=True)
+    largest = absmax.new_full((), float(SYMMETRIC_MAX))  # a tensor, so that the quotients are rounded once
+    zero = absmax < MIN_RANGE
+    factor, scale = torch.where(zero, 0.0, largest / absmax), torch.where(zero, 0.0, absmax / largest)
+    rounded = (groups * factor).round_().clamp_(-SYMMETRIC_MAX, SYMMETRIC_MAX).mul_(scale)
+    return rounded.flatten(1)[:, : x.shape[-1]].to(x.dtype).view(x.shape)
 
 
 class QuantizedInputs(TorchFunctionMode):

@@ -47,6 +47,12 @@ class Block:
         return _first(module(hidden, *self.args, **self.kwargs))
 
 
+def chunk_samples(device: torch.device, sequence_length: int) -> int:
+    """Samples to send through a block together: what keeps a GPU busy, or stays in a CPU's caches; at least one."""
+    tokens = 2048 if device.type == "cpu" else 8192
+    return max(1, tokens // sequence_length)
+
+
 def find_blocks(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The ``nn.ModuleList`` whose modules own most of the named parameters, by fully qualified name.
 

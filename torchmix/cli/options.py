@@ -8,7 +8,7 @@ from torchmix.cli.formatting import HelpFormatter
 
 SALIENCE_NAMES = ("fisher_token", "fisher_token_rtn", "mixllm", "output_error", "fisher_diagonal")
 ROUNDING_NAMES = ("gptq", "sequential", "clip", "hqq", "rtn")
-WITH_HESSIANS = (None, "gptq", "sequential")  # None: gptq where there is data
+WITH_HESSIANS = (None, "gptq", "sequential")  # None: sequential where there is data
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 DEFAULT_WIDTHS = (3, 4, 5, 6, 8)
 PAPER_WIDTHS = (4, 8)

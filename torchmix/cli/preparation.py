@@ -321,4 +321,5 @@ def calibration_text(calibration: Calibration | None) -> str:
         return "no calibration"
     if not calibration.tokens:
         return calibration.source
-    return f"{calibration.tokens:,} tokens of {calibration.source}"
+    measured = calibration.tokens if calibration.samples is None else calibration.samples.numel()
+    return f"{measured:,} tokens of {calibration.source}"
