@@ -18,7 +18,7 @@ from torchmix.config_sequential import original_model
 @pytest.fixture(scope="module")
 def measured():
     model = tiny_model("llama")
-    calibration = torchmix.calibrate(model, random_ids(4, 32), num_samples=4, sequence_length=32)
+    calibration = torchmix.calibrate(model, random_ids(4, 32), num_samples=4, token_weights=True)
     return model, calibration, calibration.plan(4.5)
 
 

@@ -102,7 +102,7 @@ def test_only_some_samples_are_scored_but_all_count_in_hessians():
     assert recorder.tokens[name] == [6 * L]
     assert recorder.scored_tokens[name] == [2 * L]
     assert recorder.sample_order == [0, 3, 1, 2, 4, 5]
-    assert sum(map(len, recorder.gradients[name])) == 6 * L
+    assert sum(map(len, recorder.gradients[name])) == 2 * L
     alone, _ = by_blocks(model, samples[[0, 3]], ("fisher_token_rtn",))
     torch.testing.assert_close(
         recorder.scores["fisher_token_rtn"][name],
@@ -154,3 +154,18 @@ def test_progress_counts_blocks_in_both_directions():
 )
 def test_choose_scored(count, wanted, expected):
     assert choose_scored(count, wanted) == expected
+
+
+def test_token_weights_are_of_all_samples_in_their_order():
+    model, samples = tiny_model("llama"), random_ids(6, L)
+    options = {"num_samples": 6, "sequence_length": L, "scored_samples": 2}
+    without = torchmix.calibrate(model, samples, **options)
+    weighted = torchmix.calibrate(model, samples, **options, token_weights=True)
+    assert without.token_weights == {}
+    weights = weighted.weights_by_layer()
+    assert set(weights) == set(weighted.layers)
+    assert all(w.shape == (6, L) and abs(float(w.float().mean()) - 1) < 0.01 for w in weights.values())
+    q, k = (weights[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qk")
+    assert q is k  # layers with one input share the weights
+    for name, scores in weighted.layers.items():
+        assert torch.equal(scores.scores["fisher_token"], without.layers[name].scores["fisher_token"])

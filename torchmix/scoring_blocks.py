@@ -57,6 +57,7 @@ def calibrate_by_blocks(
     scored_samples: int | None,
     seed: int,
     progress: Progress | None = None,
+    all_gradients: bool = False,
 ) -> int:
     """Feed a recorder with all samples, forward and backward, block by block.
 
@@ -65,10 +66,10 @@ def calibrate_by_blocks(
         targets: weights to measure.
         recorder: takes in what is measured.
         samples: int64 (S, L).
-        scored_samples: samples whose tokens are scored, see :func:`choose_scored`; the others give Hessians and
-            gradients.
+        scored_samples: samples whose tokens are scored, see :func:`choose_scored`; the others give Hessians.
         seed: draws the labels of metrics on the model's own predictions.
         progress: called as ``progress(steps_done, steps_in_all)``, once per block and direction.
+        all_gradients: take gradients of samples that are not scored too, for token weights.
 
     Returns:
         number of tokens that were scored.
@@ -77,6 +78,7 @@ def calibrate_by_blocks(
         NotReplayableError: the model is not a chain of blocks, or a target lies before them; nothing was recorded.
     """
     run = _BlockRun(model, targets, recorder, samples, scored_samples, seed, progress)
+    run.all_gradients = all_gradients
     with torch.no_grad():
         run.forward()
     recorder.gptq = recorder.hessians is not None
@@ -98,6 +100,7 @@ class _BlockRun:
         seed: int,
         progress: Progress | None,
     ) -> None:
+        self.all_gradients = False
         self._model, self._recorder, self._samples = model, recorder, samples
         self._weights = {target.name: target.weight for target in targets}
         device = targets[0].weight.device
@@ -194,7 +197,9 @@ class _BlockRun:
         """The gradient of each kind of loss at the last block's output, and the scores of layers behind it."""
         recorder, kinds = self._recorder, self._recorder.needs_labels
         self._gradients: dict[str, list[Tensor]] = {labels: [] for labels in kinds}
-        for chunk, hidden in zip(self._chunks, self._entering.pop(), strict=True):
+        last = self._entering.pop()
+        self._chunks = [chunk for chunk in self._chunks if chunk.scored or self.all_gradients]
+        for chunk, hidden in zip(self._chunks, last, strict=False):  # scored chunks come first
             parts: dict[str, list[Tensor]] = {labels: [] for labels in kinds}
             recorder.scoring = chunk.scored
             for number, state in zip(chunk.numbers, hidden.split(1), strict=True):

@@ -97,7 +97,7 @@ def round_sequentially(
         )
         streams = _Streams(hidden, list(hidden))
         for block in blocks:
-            run.round_block(block, streams)
+            run.round_block(block, streams, last=block is blocks[-1])
     return run.rounded
 
 
@@ -142,7 +142,7 @@ class _Run:
     progress: Progress | None
     rounded: dict[str, RoundedWeight] = field(default_factory=dict)
 
-    def round_block(self, block: Block, streams: _Streams) -> None:
+    def round_block(self, block: Block, streams: _Streams, last: bool) -> None:
         """Round the layers of one block in the order in which they run, then move both streams past it."""
         twin = copy.deepcopy(block.module)
         weights = {n: t.weight for n, t in self.targets.items() if n.startswith(f"{block.name}.")}
@@ -150,7 +150,7 @@ class _Run:
         order = _inputs_in_order(block, weights, streams.original[0][:1])
         following: list[Tensor] = []  # what the original block gives, from the run that meets its last input
         for inputs in order:
-            outputs = following if inputs is order[-1] else None
+            outputs = following if inputs is order[-1] and not last else None
             moments = self._moments(block, twin, int8, inputs, streams, outputs)
             for name in inputs.names:
                 self.rounded[name] = self._round(name, moments)
@@ -160,6 +160,8 @@ class _Run:
                 int8.add(weight)
                 if self.progress is not None:
                     self.progress(self.rounded, name)
+        if last:
+            return  # nobody reads what leaves the last block
         streams.original = following or [block.run(block.module, hidden) for hidden in streams.original]
         with int8:
             streams.quantized = [block.run(twin, hidden) for hidden in streams.quantized]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,27 +17,25 @@ from torch import Tensor, nn
 
 from torchmix.accounting import check_bits, check_group_size
 from torchmix.calibration import Calibration, LayerStatistics
-from torchmix.capture import HessianAccumulator, LinearCalls, NotReplayableError
+from torchmix.capture import HessianAccumulator, NotReplayableError
 from torchmix.data import TokenSample, token_batches
-from torchmix.evaluation import evaluation_mode, model_logits
 from torchmix.salience import DATA_FREE, DATA_FREE_METRICS, METRICS, gradient_weights
-from torchmix.scoring import (
-    SalienceRecorder,
-    check_differentiable,
-    check_logits,
-    data_free_scores,
-    token_losses,
-)
+from torchmix.scoring import SalienceRecorder, data_free_scores
 from torchmix.scoring_blocks import calibrate_by_blocks
 from torchmix.selection import Selection, Target, select_parameters, weight_fingerprint
+from torchmix.workflow_whole_model import (
+    LossFn,
+    Progress,
+    calibration_mode,
+    run_whole_model,
+    run_with_loss,
+)
 
 logger = logging.getLogger(__name__)
 DEFAULT_WIDTHS = (3, 4, 5, 6, 8)
 DEFAULT_SALIENCE = "fisher_token"
 DEFAULT_SAMPLES = 64
 DEFAULT_SEQUENCE_LENGTH = 2048
-Progress = Callable[[int, int], None]
-LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def calibrate(
@@ -56,6 +53,7 @@ def calibrate(
     exclude: Sequence[str] = (),
     loss_fn: LossFn | None = None,
     scored_samples: int | None = None,
+    token_weights: bool = False,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -63,22 +61,21 @@ def calibrate(
     """Measure what quantizing each row at each width costs, and the layers' input statistics.
 
     Language models are measured block by block with the errors that GPTQ leaves (:mod:`torchmix.scoring_blocks`),
-    others as a whole with those of round to nearest. The model's mode and flags, and random state, stay as they are.
+    others as a whole with those of round to nearest. The model's mode and flags, and random state, are left alone.
 
     Args:
-        model: any module. Causal language models are called as ``model(input_ids)``; others need ``loss_fn``.
-        data: token batches, texts, chats, a path or a data set (:func:`torchmix.data.token_batches`); with
-            ``loss_fn`` an iterable of whatever that takes. None: no data, scores are squared rounding errors.
+        model: causal language model; any other with ``loss_fn``: (model, batch) -> scalar loss, summed over the batch.
+        data: whatever :func:`torchmix.data.token_batches` takes; with ``loss_fn`` an iterable of what that takes.
+            None: no data, scores are squared rounding errors.
         num_samples, sequence_length, tokenizer: of the data. The length is by default that of token rows where they
             all have the same, else 2048, at most the model's context; text needs the tokenizer.
         salience: names of :data:`torchmix.salience.METRICS`; the first is the default of ``Calibration.plan``.
-        widths, group_size: widths to score; inputs per scale, a multiple of 8 up to 512.
+        widths, group_size: to score; inputs per scale, a multiple of 8 up to 512.
         hessians: keep the Hessians that GPTQ needs, 4 K² bytes for each distinct layer input.
-        include, exclude: patterns, see :func:`torchmix.selection.select_parameters`.
-        loss_fn: (model, batch) -> scalar loss, summed over what the batch holds.
+        include, exclude: see :func:`torchmix.selection.select_parameters`.
         scored_samples: samples that are scored, by default a quarter, up to 16: scores need fewer tokens than Hessians.
-        device: where to run; the model is moved there. By default where it is.
-        seed: chooses the samples and draws the labels of metrics on the model's own predictions.
+        token_weights: weigh tokens by their gradients in sequential rounding, for a backward pass over all samples.
+        device, seed: where to run, the model is moved there; what chooses samples and draws labels from the model.
         progress: called as ``progress(steps_done, steps_in_all)``; a step is a block in one direction, or a sample.
 
     Raises:
@@ -91,14 +88,14 @@ def calibrate(
     new_recorder = partial(_recorder, selection, metrics, widths, group_size, hessians)
     if loss_fn is not None:
         recorder = new_recorder()
-        tokens = _run_with_loss(model, selection, recorder, data, num_samples, loss_fn, progress)
+        tokens = run_with_loss(model, selection, recorder, data, num_samples, loss_fn, progress)
         origin: dict[str, Any] = {"source": f"{type(data).__name__} through loss_fn"}
     else:
         sample = _token_sample(model, data, tokenizer, num_samples, sequence_length, seed)
         recorder, tokens = _run_language_model(
-            model, selection, new_recorder, sample, scored_samples, seed, progress
+            model, selection, new_recorder, sample, scored_samples, token_weights, seed, progress
         )
-        origin = _origin(recorder, sample)
+        origin = _origin(recorder, sample, token_weights)
     calibration = _collect(selection, recorder, metrics, group_size)
     return replace(calibration, tokens=tokens, model=weakref.ref(model), **origin)
 
@@ -112,13 +109,13 @@ def _recorder(
     return SalienceRecorder(selection.targets, measured, widths, group_size, accumulator)
 
 
-def _origin(recorder: SalienceRecorder, sample: TokenSample) -> dict[str, Any]:
+def _origin(recorder: SalienceRecorder, sample: TokenSample, token_weights: bool) -> dict[str, Any]:
     """What a calibration keeps of its tokens."""
     return {
         "source": sample.source,
         "data_sha256": sample.sha256,
         "samples": sample.input_ids,
-        "token_weights": _token_weights(recorder, sample),
+        "token_weights": _token_weights(recorder, sample) if token_weights else {},
     }
 
 
@@ -198,40 +195,13 @@ def common_length(data: Any) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-@contextmanager
-def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients, experts applied one by one; all restored afterwards."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        with _experts_one_by_one(model), evaluation_mode([model]), torch.enable_grad():
-            yield
-    finally:
-        for parameter, requires_grad in flags.items():
-            parameter.requires_grad_(requires_grad)
-
-
-@contextmanager
-def _experts_one_by_one(model: Any) -> Iterator[None]:
-    """Use transformers' plain loop over experts, whose linear calls can be observed one by one."""
-    before = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
-    if not any(before.values()):
-        yield
-        return
-    try:
-        model.set_experts_implementation("eager")
-        yield
-    finally:
-        model.set_experts_implementation(before)
-
-
 def _run_language_model(
     model: nn.Module,
     selection: Selection,
     new_recorder: Callable[[], SalienceRecorder],
     sample: TokenSample,
     scored_samples: int | None,
+    token_weights: bool,
     seed: int,
     progress: Progress | None,
 ) -> tuple[SalienceRecorder, int]:
@@ -240,7 +210,14 @@ def _run_language_model(
         recorder = new_recorder()
         try:
             tokens = calibrate_by_blocks(
-                model, selection.targets, recorder, sample.input_ids, scored_samples, seed, progress
+                model,
+                selection.targets,
+                recorder,
+                sample.input_ids,
+                scored_samples,
+                seed,
+                progress,
+                token_weights,
             )
         except NotReplayableError as error:
             logger.warning(
@@ -250,74 +227,9 @@ def _run_language_model(
                 error,
             )
             recorder = new_recorder()
-            _run_whole_model(model, selection, recorder, sample, seed, progress)
+            run_whole_model(model, selection, recorder, sample, seed, progress)
             tokens = sample.input_ids.numel()
     return recorder, tokens
-
-
-def _run_whole_model(
-    model: nn.Module,
-    selection: Selection,
-    recorder: SalienceRecorder,
-    sample: TokenSample,
-    seed: int,
-    progress: Progress | None,
-) -> None:
-    """One forward pass per sample and one backward pass per kind of labels."""
-    generator = torch.Generator(selection.targets[0].weight.device).manual_seed(seed)
-    weights = {target.name: target.weight for target in selection.targets}
-    recorder.sample_order = list(range(len(sample.input_ids)))
-    for index, ids in enumerate(sample.input_ids):
-        recorder.samples = [index]
-        with LinearCalls(weights, recorder), torch.set_grad_enabled(bool(recorder.needs_labels)):
-            logits = model_logits("the model", model, ids[None])[0].float()
-        check_logits(logits, index)
-        check_differentiable(logits, recorder, "the model's logits")
-        for labels in recorder.needs_labels:
-            losses = token_losses(logits, ids.to(logits.device), labels, generator)
-            recorder.labels, recorder.loss_tokens = labels, len(losses)
-            losses.sum().backward(retain_graph=labels != recorder.needs_labels[-1])
-        if recorder.hessians is not None:
-            recorder.hessians.forget_last()
-        if progress is not None:
-            progress(index + 1, len(sample.input_ids))
-
-
-def _run_with_loss(
-    model: nn.Module,
-    selection: Selection,
-    recorder: SalienceRecorder,
-    data: Any,
-    num_samples: int,
-    loss_fn: LossFn,
-    progress: Progress | None,
-) -> int:
-    """Calibrate any module through its own loss; returns 0, as it is not known over how many tokens that sums."""
-    weights = {target.name: target.weight for target in selection.targets}
-    index = -1
-    with calibration_mode(model):
-        for index, batch in enumerate(data):
-            if index == num_samples:
-                break
-            recorder.samples = [index]
-            with LinearCalls(weights, recorder):
-                loss = loss_fn(model, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.isfinite(loss).all():
-                raise ValueError(
-                    f"loss_fn must return one finite number per batch, but batch {index} gave {loss}"
-                )
-            check_differentiable(loss, recorder, "the result of loss_fn")
-            recorder.loss_tokens = 1
-            for labels in recorder.needs_labels:
-                recorder.labels = labels
-                loss.backward(retain_graph=labels != recorder.needs_labels[-1])
-            if recorder.hessians is not None:
-                recorder.hessians.forget_last()
-            if progress is not None:
-                progress(index + 1, num_samples)
-    if index < 0:
-        raise ValueError(f"data is empty ({type(data).__name__} gave no batch); pass at least one batch")
-    return 0
 
 
 def _collect(

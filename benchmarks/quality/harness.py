@@ -48,6 +48,7 @@ class Measurement:
     salience: tuple[str, ...] = ("fisher_token",)
     data: str = ""
     transform: str = ""
+    token_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Bench:
                 sequence_length=self.options.sequence_length,
                 salience=measurement.salience,
                 seed=measurement.seed,
+                token_weights=measurement.token_weights,
             )
             print(f"calibrated {measurement} in {time.perf_counter() - started:.0f} s", flush=True)
         return self._calibrations[measurement]

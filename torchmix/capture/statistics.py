@@ -96,10 +96,11 @@ class HessianAccumulator:
         last.key = last.key if owner_stays else new
 
     def hessian(self, name: str, expert: int | None = None) -> Tensor | None:
-        """Hessian of one layer, float32 (K, K); None where no token came by."""
-        self.forget_last()
+        """Hessian of one layer, float32 (K, K), without an input that is still open; None where no token came by."""
         key = self.keys.get((name, expert))
-        return None if key is None else self._sums[key] * (2.0 / max(self.tokens[key], 1))
+        if key is None or key not in self._sums:
+            return None
+        return self._sums[key] * (2.0 / max(self.tokens[key], 1))
 
     def hessians(self) -> dict[str, Tensor]:
         """All Hessians by key: float32 (K, K) each."""
