@@ -36,7 +36,9 @@ def test_the_result_is_trained_and_says_so(
     assert "tuning: done" in err
     assert "40 steps; KL divergence" in out
     record = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["tuning"]
-    assert (record["steps"], record["samples"], record["held_back"]) == (40, 22, 2)
+    assert record["steps"] == 40
+    assert record["samples"] + record["held_back"] > 24  # more of the text than calibration took
+    assert record["held_back"] == round((record["samples"] + record["held_back"]) / 10)
     assert record["kept"] == (record["kl_after"] < record["kl_before"])
     assert record["kept"]
     layers = json.loads((tmp_path / "tuned" / REPORT_NAME).read_text(encoding="utf-8"))

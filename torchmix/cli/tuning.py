@@ -12,13 +12,14 @@ from torchmix.cli.options import positive
 from torchmix.cli.progress import ProgressReporter
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from torchmix.allocation import BitPlan
     from torchmix.calibration import Calibration
     from torchmix.tuning import TuningRecord
 
 logger = logging.getLogger(__name__)
+BATCH_SIZE = 8  # of torchmix.tune
 
 
 def steps(text: str) -> int:
@@ -34,9 +35,9 @@ def add_tuning(group: argparse._ArgumentGroup) -> None:
         default=0,
         metavar="STEPS",
         help="afterwards train codes, scales and norms towards the original model for so many steps (300 is a good "
-        "number) on the samples of --data or --calibration; size and format stay. Takes a forward pass of the original "
-        "and a forward and a backward pass of the model per step of 8 samples, and memory: the original is kept, "
-        "beside 16 to 20 bytes per quantized weight (default: 0, off)",
+        "number) on the text of --data, more of it than calibration takes, or on the samples of --calibration; size and "
+        "format stay. Takes a forward pass of the original and a forward and a backward pass of the model per step of 8 "
+        "samples, and memory: the original is kept, beside 16 to 20 bytes per quantized weight (default: 0, off)",
     )
 
 
@@ -93,12 +94,33 @@ def tune_model(
     """Train the quantized model where there is an original; says what was gained."""
     from torchmix.tuning import tune
 
-    if original is None or calibration is None:
+    if original is None or calibration is None or calibration.samples is None:
         return None
     with ProgressReporter("tuning", "steps", quiet=options.quiet) as reporter:
         return tune(
-            model, original, calibration.samples, steps=options.tune, seed=options.seed, progress=reporter
+            model,
+            original,
+            steps=options.tune,
+            seed=options.seed,
+            progress=reporter,
+            **tuning_text_arguments(options, calibration.samples),
         )
+
+
+def tuning_text_arguments(options: argparse.Namespace, samples: Tensor) -> dict[str, Any]:
+    """What to train on: the text of ``--data`` up to one new sample per place in a batch, else the samples (S, L)."""
+    if options.data is None:
+        return {"data": samples}
+    from torchmix.cli.preparation import text_of
+    from torchmix.huggingface import load_tokenizer
+
+    data = text_of(options.data, "calibration")
+    return {
+        "data": data if data is options.data else [data],
+        "tokenizer": load_tokenizer(options.model),
+        "num_samples": max(len(samples), options.tune * BATCH_SIZE),
+        "sequence_length": samples.shape[1],
+    }
 
 
 def tuning_report(record: TuningRecord | None) -> dict[str, Any] | None:
