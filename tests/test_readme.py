@@ -84,6 +84,8 @@ def test_sentences_about_other_tables_are_true() -> None:
     text = " ".join(README.split())
     seeds = [value for method, value in kl("seeds").items() if method.startswith("torchmix")]
     assert f"lie between {min(seeds)} and {max(seeds)}" in text
+    rows = [kl("rows")[f"4.41 bits, row_multiple {multiple}"] for multiple in (16, 64)]
+    assert f"{rows[0]} and {rows[1]} at 4.41 bits instead of {kl('accuracy')['torchmix, 4.41 bits']}" in text
     size, other = kl("size"), kl("other_text")
     assert f"128 samples instead of 64 give {size['torchmix, 128 samples']}" in text
     assert f"32 give {size['torchmix, 32 samples']}" in text

@@ -36,8 +36,8 @@ def add_tuning(group: argparse._ArgumentGroup) -> None:
         metavar="STEPS",
         help="afterwards train codes, scales and norms towards the original model for so many steps (300 is a good "
         "number) on the text of --data, more of it than calibration takes, or on the samples of --calibration; size and "
-        "format stay. Takes a forward pass of the original and a forward and a backward pass of the model per step of 8 "
-        "samples, and memory: the original is kept, beside 16 to 20 bytes per quantized weight (default: 0, off)",
+        "format stay. A step takes 8 samples forward through the original, forward and backward through the model; and "
+        "memory: the original is kept, beside 16 to 20 bytes per quantized weight (default: 0, off)",
     )
 
 
