@@ -35,9 +35,9 @@ def add_tuning(group: argparse._ArgumentGroup) -> None:
         default=0,
         metavar="STEPS",
         help="afterwards train codes, scales and norms towards the original model for so many steps (300 is a good "
-        "number) on the text of --data, more of it than calibration takes, or on the samples of --calibration; size and "
-        "format stay. A step takes 8 samples forward through the original, forward and backward through the model; and "
-        "memory: the original is kept, beside 16 to 20 bytes per quantized weight (default: 0, off)",
+        "number) on the text of --data, more of it than calibration takes, or on the samples of --calibration; size "
+        "and format stay. A step takes 8 samples forward through the original, forward and backward through the model; "
+        "and memory: the original is kept, beside 16 to 20 bytes per quantized weight (default: 0, off)",
     )
 
 
