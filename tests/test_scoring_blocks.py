@@ -12,7 +12,7 @@ from torchmix.rounding import gptq_round
 from torchmix.scoring import SalienceRecorder, rounding_errors, token_losses
 from torchmix.scoring_blocks import calibrate_by_blocks, choose_scored
 from torchmix.selection import select_parameters
-from torchmix.workflow import calibration_mode
+from torchmix.workflow_whole_model import calibration_mode
 
 METRICS = ("fisher_token_rtn", "mixllm", "output_error")
 S, L = 4, 32

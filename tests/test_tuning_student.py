@@ -11,7 +11,7 @@ import torch
 from tests.models.tiny_models import apply_plan, logits, random_ids, random_plan, tiny_model
 from torchmix.evaluation import kl_divergence, sqnr_db
 from torchmix.tuning_student import Student, kl_with_gradient
-from torchmix.workflow import calibration_mode
+from torchmix.workflow_whole_model import calibration_mode
 
 
 def student_of(family, dtype=torch.float32, per_token=False, **options):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import torchmix
-from torchmix.workflow import calibration_mode
+from torchmix.workflow_whole_model import calibration_mode
 
 
 class Pair(nn.Module):

@@ -24,7 +24,7 @@ from torchmix.calibration import Calibration, LayerStatistics
 from torchmix.capture import LinearCall, LinearCalls
 from torchmix.evaluation import model_logits
 from torchmix.selection import Selection, Target, select_parameters, weight_fingerprint
-from torchmix.workflow import calibration_mode
+from torchmix.workflow_whole_model import calibration_mode
 
 PROVISIONAL = "provisional"
 PROBE_LENGTHS = (8, 16, 32)

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchmix.data import token_batches
 from torchmix.evaluation import kl_divergence, model_logits
 from torchmix.tensor import MixedPrecisionTensor
 from torchmix.tuning_student import Student, quantized_weights
-from torchmix.workflow import DEFAULT_SEQUENCE_LENGTH, calibration_mode
+from torchmix.workflow import token_sample
+from torchmix.workflow_whole_model import calibration_mode
 
 logger = logging.getLogger(__name__)
 DEFAULT_STEPS = 300
@@ -186,21 +186,9 @@ def _token_ids(
             "tuning needs token samples, but data is None; pass (S, L) token ids or texts. A calibration holds samples "
             "only when it was made from a text or from tokens"
         )
-    config = getattr(model, "config", None)
-    whole = isinstance(data, Tensor) and data.dim() == 2
-    if whole:
+    if isinstance(data, Tensor) and data.dim() == 2:
         num_samples, sequence_length = max(1, len(data)), data.shape[1]
-    elif sequence_length is None:
-        context = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQUENCE_LENGTH
-        sequence_length = min(DEFAULT_SEQUENCE_LENGTH, context)
-    return token_batches(
-        data,
-        tokenizer,
-        num_samples=num_samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        vocab_size=getattr(config, "vocab_size", None),
-    ).input_ids
+    return token_sample(model, data, tokenizer, num_samples, sequence_length, seed).input_ids
 
 
 def _split(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ def calibrate(
         tokens = run_with_loss(model, selection, recorder, data, num_samples, loss_fn, progress)
         origin: dict[str, Any] = {"source": f"{type(data).__name__} through loss_fn"}
     else:
-        sample = _token_sample(model, data, tokenizer, num_samples, sequence_length, seed)
+        sample = token_sample(model, data, tokenizer, num_samples, sequence_length, seed)
         recorder, tokens = _run_language_model(
             model, selection, new_recorder, sample, scored_samples, token_weights, seed, progress
         )
@@ -162,7 +162,7 @@ def _select(
     return selection
 
 
-def _token_sample(
+def token_sample(
     model: nn.Module, data: Any, tokenizer: Any, num_samples: int, sequence_length: int | None, seed: int
 ) -> TokenSample:
     """Draw the calibration tokens; by default in the length of token rows, or the model's context up to 2048."""

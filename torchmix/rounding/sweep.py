@@ -101,7 +101,7 @@ def _has_kernel(tensor: Tensor) -> bool:
 @lru_cache(maxsize=1)
 def _triton_is_installed() -> bool:
     try:
-        import triton  # type: ignore[import-untyped,unused-ignore]  # noqa: F401
+        import triton  # noqa: F401
     except ImportError:
         return False
     return True

@@ -10,8 +10,8 @@ Shapes: N rows, g inputs of the group, B rows of a program.
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped,unused-ignore]
-import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from torchmix.rounding.sweep import Grid
