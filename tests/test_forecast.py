@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tests.generators import TinyLM, token_ids
+from tests.models.tiny_models import tiny_model
 from torchmix import calibrate
 from torchmix.demo import demo_model_directory
 from torchmix.forecast import (
@@ -128,3 +129,14 @@ def test_forecast_is_near_the_measured_peak(tmp_path: Path) -> None:
     ratio = report["predicted_peak_host_bytes"] / report["peak_host_bytes"]
     # 0.9 to 1.2 on two machines and two models; what malloc keeps of freed memory is a matter of luck
     assert 0.7 < ratio < 1.5, f"forecast / measured = {ratio:.2f}"
+
+
+def test_hidden_states_of_all_samples_are_counted() -> None:
+    model = tiny_model("llama")
+    one, three = (
+        forecast_memory(model, sequence_length=64, num_samples=n).peak_host_bytes for n in (1000, 3000)
+    )
+    kept = (
+        3 * 2000 * 64 * 128 * 4
+    )  # two blocks: three places between and around them, 128 features in float32
+    assert abs(three - one - kept) < 0.1 * kept  # the process itself may grow or shrink a little meanwhile

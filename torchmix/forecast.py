@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchmix.allocation import BitPlan
 from torchmix.calibration import Calibration, LayerStatistics
-from torchmix.capture import LinearCall, LinearCalls
+from torchmix.capture import LinearCall, LinearCalls, NotReplayableError, chunk_samples, find_blocks
 from torchmix.evaluation import model_logits
 from torchmix.selection import Selection, Target, select_parameters, weight_fingerprint
 from torchmix.workflow_whole_model import calibration_mode
@@ -88,6 +88,7 @@ def forecast_memory(
     model: nn.Module,
     *,
     sequence_length: int | None,
+    num_samples: int = 0,
     num_metrics: int = 1,
     num_widths: int = 5,
     hessians: bool = True,
@@ -99,6 +100,7 @@ def forecast_memory(
     Args:
         model: with its values, on the device and in the dtype that it will be calibrated in.
         sequence_length: tokens per sample; None without data.
+        num_samples: of the data; the hidden states between all blocks are kept for all of them in main memory.
         num_metrics, num_widths: of the calibration.
         hessians: whether it keeps Hessians.
         include, exclude: as for :func:`torchmix.calibrate`.
@@ -110,18 +112,37 @@ def forecast_memory(
     num_rows = sum(target.rows.numel() // target.rows.shape[-1] for target in selection.targets)
     scores = 8 * num_metrics * num_widths * num_rows
     rounding = max(map(_rounding_bytes, selection.targets))
-    kept, transient = scores, 0
+    kept, transient, hidden = scores, 0, 0
     if sequence_length is not None:
         probe = probe_model(model, selection)
         kept += probe.hessian_bytes if hessians else 0
         scoring = max(_scoring_bytes(target, sequence_length) for target in selection.targets)
-        transient = probe.saved_bytes(sequence_length) + max(scoring, probe.logit_bytes(sequence_length))
+        blocks = _num_blocks(model, selection)
+        hidden = _hidden_bytes(model, selection, blocks, num_samples * sequence_length)
+        chunk = chunk_samples(selection.targets[0].weight.device, sequence_length) if blocks else 1
+        saved = chunk * probe.saved_bytes(sequence_length) // max(blocks, 1)
+        scoring = max(_scoring_bytes(target, chunk * sequence_length) for target in selection.targets)
+        transient = max(saved + scoring, probe.logit_bytes(sequence_length))
     device = selection.targets[0].weight.device
     busy = max(transient, rounding)
     if device.type == "cpu":
-        return MemoryForecast(resident_bytes() + _LIBRARIES + kept + busy + min(busy, _MAX_SLACK), 0)
+        return MemoryForecast(resident_bytes() + _LIBRARIES + kept + hidden + busy + min(busy, _MAX_SLACK), 0)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return MemoryForecast(resident_bytes() + _LIBRARIES + 2 * kept, weights + kept + busy)
+    return MemoryForecast(resident_bytes() + _LIBRARIES + 2 * kept + hidden, weights + kept + busy)
+
+
+def _num_blocks(model: nn.Module, selection: Selection) -> int:
+    """Blocks that calibration goes through one by one; 0 where the model has none."""
+    try:
+        return len(find_blocks(model, [target.name for target in selection.targets]))
+    except NotReplayableError:
+        return 0
+
+
+def _hidden_bytes(model: nn.Module, selection: Selection, blocks: int, tokens: int) -> int:
+    """What calibration block by block keeps of so many tokens: hidden states before and after every block."""
+    width = getattr(getattr(model, "config", None), "hidden_size", 0)
+    return (blocks + 1) * tokens * width * selection.targets[0].weight.element_size() if blocks else 0
 
 
 def _scoring_bytes(target: Target, sequence_length: int) -> int:

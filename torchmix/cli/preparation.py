@@ -194,6 +194,7 @@ def forecast_for(options: argparse.Namespace, loaded: LoadedModel, plan: BitPlan
     return forecast_memory(
         loaded.model,
         sequence_length=sequence_length_of(options, loaded.model) if options.data is not None else None,
+        num_samples=options.samples,
         num_widths=len(scored_widths(options)),
         hessians=options.rounding in WITH_HESSIANS,
         include=list(plan.layers),
