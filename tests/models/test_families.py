@@ -38,7 +38,7 @@ def quantized(model: Any) -> torchmix.BitPlan:
     config = torchmix.mixllm_config(plan, calibration)
     quantize_(model, config)
     assert {record.name for record in config.records} == set(plan.layers)
-    assert all(record.method == "gptq" and not record.notes for record in config.records)
+    assert all(record.method in ("sequential", "gptq") and not record.notes for record in config.records)
     return plan
 
 
@@ -112,7 +112,8 @@ def test_a_module_of_plain_linears(tmp_path: Path) -> None:
     x = torch.randn(64, 172)
     with torch.no_grad():
         original = model(x)
-    batches = [(torch.randn(16, 172), torch.randn(16, 5)) for _ in range(4)]
+    # more rows than inputs: what GPTQ and refinement fit to fewer rows does not carry over to others
+    batches = [(torch.randn(250, 172), torch.randn(250, 5)) for _ in range(4)]
     calibration = torchmix.calibrate(model, batches, loss_fn=lambda m, batch: squared_error(batch)(m))
     plan = calibration.plan(bits=BITS)
     quantize_(model, torchmix.mixllm_config(plan, calibration))

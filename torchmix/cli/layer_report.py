@@ -56,7 +56,7 @@ def calibration_origin(calibration: Calibration | None) -> dict[str, Any]:
         return {"source": "no calibration", "tokens": 0, "sha256": ""}
     return {
         "source": calibration.source,
-        "tokens": calibration.tokens,
+        "tokens": calibration.tokens if calibration.samples is None else calibration.samples.numel(),
         "sha256": calibration.data_sha256,
     }
 
