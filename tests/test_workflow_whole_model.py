@@ -69,3 +69,8 @@ def test_calibration_mode_restores_flags() -> None:
         assert not model.training
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == [False, True, True, True]
+
+
+def test_token_weights_need_tokens() -> None:
+    with pytest.raises(ValueError, match="token_weights=True needs token samples"):
+        torchmix.calibrate(Pair(), batches(1), loss_fn=loss, token_weights=True)

@@ -84,8 +84,8 @@ def token_losses(logits: Tensor, ids: Tensor, labels: str, generator: torch.Gene
 def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor:
     """One token from each predicted distribution: int64 (L,) from float32 (L, V).
 
-    By inversion of the cumulative distribution: one random number per token instead of one per entry of the
-    vocabulary, which took a tenth of a calibration on a CPU.
+    By inversion of the cumulative distribution, with one random number per token: ``torch.multinomial`` draws one for
+    every entry of the vocabulary, which is slow on a CPU.
     """
     cumulative = logits.softmax(-1).cumsum(-1)
     point = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
@@ -120,6 +120,9 @@ class SalienceRecorder:
         scores: metric -> parameter name -> float64 (N, W) or (E, N, W).
         tokens: parameter name -> tokens seen by each expert (one entry without experts).
         scored_tokens: the same for tokens that were scored.
+        keeps_errors: rounding errors of a layer are kept until :meth:`forget_errors`; for drivers that come by a layer
+            often and then leave it.
+        keeps_gradients: fill ``gradients``, for token weights.
         gradients: parameter name -> mean square of dL/dy over the rows of each token, float32 (T,) per call; of
             layers without experts, with the labels of the first metric.
         sample_order: numbers of the samples in the order of ``gradients``.
@@ -141,6 +144,8 @@ class SalienceRecorder:
         self.scoring = True
         self.gptq = False
         self.late_hessians = False
+        self.keeps_errors = False
+        self.keeps_gradients = False
         self.hessians = hessians
         self._targets = {target.name: target for target in targets}
         self._widths, self._group_size = tuple(widths), group_size
@@ -216,7 +221,7 @@ class SalienceRecorder:
 
         def on_gradient(gradient: Tensor) -> None:
             gradient = gradient.float()
-            if call.expert is None and self.labels == self.needs_labels[0]:
+            if self.keeps_gradients and call.expert is None and self.labels == self.needs_labels[0]:
                 self.gradients.setdefault(call.name, []).append(gradient.square().mean(1).cpu())
             if self.scoring and self.labels in self._by_labels:
                 self._add(call, gradient, self.labels)
@@ -250,7 +255,7 @@ class SalienceRecorder:
         return self.gptq and METRICS[metric].rounding == "gptq"
 
     def _errors_of(self, call: LinearCall, gptq: bool) -> Tensor:
-        """Rounding errors of a layer: float32 (W, N, K); computed once where :meth:`forget_errors` is called."""
+        """Rounding errors of a layer: float32 (W, N, K)."""
         key = (call.name, call.expert, gptq)
         if key in self._errors:
             return self._errors[key]
@@ -260,7 +265,7 @@ class SalienceRecorder:
         if gptq and self.hessians is not None:
             hessian = self.hessians.hessian(call.name, call.expert)
         errors = rounding_errors(weight, self._widths, self._group_size, hessian)
-        if self.gptq:  # the driver goes layer by layer and forgets them in time
+        if self.keeps_errors:
             self._errors[key] = errors
         return errors
 

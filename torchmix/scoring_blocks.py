@@ -44,7 +44,15 @@ class _Chunk:
 
 
 def choose_scored(count: int, wanted: int | None) -> list[int]:
-    """Numbers of the samples to score, evenly spaced; by default a quarter of all, from 1 up to 16."""
+    """Numbers of the samples to score, evenly spaced; by default a quarter of all, from 1 up to 16.
+
+    Raises:
+        ValueError: fewer than one is wanted.
+    """
+    if wanted is not None and wanted < 1:
+        raise ValueError(
+            f"scored_samples={wanted} must be at least 1; leave it out for a quarter of the samples"
+        )
     chosen = max(1, min(MOST_SCORED, count // 4)) if wanted is None else min(wanted, count)
     return [i * count // chosen for i in range(chosen)]
 
@@ -57,7 +65,6 @@ def calibrate_by_blocks(
     scored_samples: int | None,
     seed: int,
     progress: Progress | None = None,
-    all_gradients: bool = False,
 ) -> int:
     """Feed a recorder with all samples, forward and backward, block by block.
 
@@ -66,10 +73,10 @@ def calibrate_by_blocks(
         targets: weights to measure.
         recorder: takes in what is measured.
         samples: int64 (S, L).
-        scored_samples: samples whose tokens are scored, see :func:`choose_scored`; the others give Hessians.
+        scored_samples: samples whose tokens are scored, see :func:`choose_scored`; the others give Hessians, and
+            gradients where the recorder keeps them.
         seed: draws the labels of metrics on the model's own predictions.
         progress: called as ``progress(steps_done, steps_in_all)``, once per block and direction.
-        all_gradients: take gradients of samples that are not scored too, for token weights.
 
     Returns:
         number of tokens that were scored.
@@ -78,7 +85,6 @@ def calibrate_by_blocks(
         NotReplayableError: the model is not a chain of blocks, or a target lies before them; nothing was recorded.
     """
     run = _BlockRun(model, targets, recorder, samples, scored_samples, seed, progress)
-    run.all_gradients = all_gradients
     with torch.no_grad():
         run.forward()
     recorder.gptq = recorder.hessians is not None
@@ -100,7 +106,6 @@ class _BlockRun:
         seed: int,
         progress: Progress | None,
     ) -> None:
-        self.all_gradients = False
         self._model, self._recorder, self._samples = model, recorder, samples
         self._weights = {target.name: target.weight for target in targets}
         device = targets[0].weight.device
@@ -108,10 +113,10 @@ class _BlockRun:
         self._device, self._progress, self._steps = device, progress, 0
         scored = choose_scored(len(samples), scored_samples)
         others = sorted(set(range(len(samples))) - set(scored))
-        recorder.late_hessians = bool(others)
-        recorder.sample_order = scored + others
         size = 1 if recorder.one_by_one else chunk_samples(device, samples.shape[1])
-        blocks, entering = self._record(scored + others, size)
+        blocks, entering = self._record(scored + others, size)  # refuses what cannot be replayed
+        recorder.sample_order, recorder.late_hessians = scored + others, bool(others)
+        recorder.keeps_errors = True
         if len(entering) == len(samples):
             size = 1
         # scored and other samples must not share a chunk; cut again where the first cut mixed them
@@ -198,7 +203,7 @@ class _BlockRun:
         recorder, kinds = self._recorder, self._recorder.needs_labels
         self._gradients: dict[str, list[Tensor]] = {labels: [] for labels in kinds}
         last = self._entering.pop()
-        self._chunks = [chunk for chunk in self._chunks if chunk.scored or self.all_gradients]
+        self._chunks = [chunk for chunk in self._chunks if chunk.scored or self._recorder.keeps_gradients]
         for chunk, hidden in zip(self._chunks, last, strict=False):  # scored chunks come first
             parts: dict[str, list[Tensor]] = {labels: [] for labels in kinds}
             recorder.scoring = chunk.scored

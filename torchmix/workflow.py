@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -85,37 +84,46 @@ def calibrate(
     selection = _select(model, include, exclude, device)
     if data is None:
         return _calibrate_without_data(model, selection, widths, group_size)
-    new_recorder = partial(_recorder, selection, metrics, widths, group_size, hessians)
+    recorder = _recorder(selection, metrics, widths, group_size, hessians, token_weights)
     if loss_fn is not None:
-        recorder = new_recorder()
         tokens = run_with_loss(model, selection, recorder, data, num_samples, loss_fn, progress)
         origin: dict[str, Any] = {"source": f"{type(data).__name__} through loss_fn"}
     else:
         sample = token_sample(model, data, tokenizer, num_samples, sequence_length, seed)
-        recorder, tokens = _run_language_model(
-            model, selection, new_recorder, sample, scored_samples, token_weights, seed, progress
-        )
-        origin = _origin(recorder, sample, token_weights)
+        tokens = _run_language_model(model, selection, recorder, sample, scored_samples, seed, progress)
+        origin = _origin(recorder, sample)
     calibration = _collect(selection, recorder, metrics, group_size)
     return replace(calibration, tokens=tokens, model=weakref.ref(model), **origin)
 
 
 def _recorder(
-    selection: Selection, metrics: Sequence[str], widths: tuple[int, ...], group_size: int, hessians: bool
+    selection: Selection,
+    metrics: Sequence[str],
+    widths: tuple[int, ...],
+    group_size: int,
+    hessians: bool,
+    token_weights: bool,
 ) -> SalienceRecorder:
     """A recorder of all metrics that need data."""
     measured = [metric for metric in metrics if metric in METRICS]
     accumulator = HessianAccumulator() if hessians else None
-    return SalienceRecorder(selection.targets, measured, widths, group_size, accumulator)
+    recorder = SalienceRecorder(selection.targets, measured, widths, group_size, accumulator)
+    if token_weights and not (hessians and recorder.needs_labels):
+        raise ValueError(
+            f"token_weights=True weighs Hessians by gradients, but hessians={hessians} and salience={tuple(metrics)} "
+            "takes gradients only if 'fisher_token' or another metric with labels is in it; add them, or leave it out"
+        )
+    recorder.keeps_gradients = token_weights
+    return recorder
 
 
-def _origin(recorder: SalienceRecorder, sample: TokenSample, token_weights: bool) -> dict[str, Any]:
+def _origin(recorder: SalienceRecorder, sample: TokenSample) -> dict[str, Any]:
     """What a calibration keeps of its tokens."""
     return {
         "source": sample.source,
         "data_sha256": sample.sha256,
         "samples": sample.input_ids,
-        "token_weights": _token_weights(recorder, sample) if token_weights else {},
+        "token_weights": _token_weights(recorder, sample),
     }
 
 
@@ -198,18 +206,16 @@ def common_length(data: Any) -> int | None:
 def _run_language_model(
     model: nn.Module,
     selection: Selection,
-    new_recorder: Callable[[], SalienceRecorder],
+    recorder: SalienceRecorder,
     sample: TokenSample,
     scored_samples: int | None,
-    token_weights: bool,
     seed: int,
     progress: Progress | None,
-) -> tuple[SalienceRecorder, int]:
-    """Block by block, or else the whole model sample by sample; the recorder, and the number of tokens scored."""
+) -> int:
+    """Block by block, or else the whole model sample by sample; returns the number of tokens scored."""
     with calibration_mode(model):
-        recorder = new_recorder()
         try:
-            tokens = calibrate_by_blocks(
+            return calibrate_by_blocks(
                 model,
                 selection.targets,
                 recorder,
@@ -217,7 +223,6 @@ def _run_language_model(
                 scored_samples,
                 seed,
                 progress,
-                token_weights,
             )
         except NotReplayableError as error:
             logger.warning(
@@ -226,10 +231,8 @@ def _run_language_model(
                 type(model).__name__,
                 error,
             )
-            recorder = new_recorder()
             run_whole_model(model, selection, recorder, sample, seed, progress)
-            tokens = sample.input_ids.numel()
-    return recorder, tokens
+            return sample.input_ids.numel()
 
 
 def _collect(
@@ -259,7 +262,10 @@ def _collect(
 
 
 def _token_weights(recorder: SalienceRecorder, sample: TokenSample) -> dict[str, Tensor]:
-    """Key of a Hessian -> float16 (S, L); layers that share an input share the mean of their weights."""
+    """Key of a Hessian -> float16 (S, L); layers that share an input share the mean of their weights.
+
+    Empty where no gradients were kept; a layer that runs more than once per sample has none.
+    """
     keys = {} if recorder.hessians is None else recorder.hessians.keys
     by_key: dict[str, list[Tensor]] = {}
     for (name, expert), key in keys.items():

@@ -92,8 +92,12 @@ def run_with_loss(
     """Calibrate any module through its own loss; returns 0, as it is not known over how many tokens that sums.
 
     Raises:
-        ValueError: no batch, or a loss that is not one finite number with a gradient.
+        ValueError: no batch, a loss that is not one finite number with a gradient, or token weights are asked for.
     """
+    if recorder.keeps_gradients:
+        raise ValueError(
+            "token_weights=True needs token samples; leave it out where a loss_fn reads the data"
+        )
     weights = {target.name: target.weight for target in selection.targets}
     index = -1
     with calibration_mode(model):
