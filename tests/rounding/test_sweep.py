@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from torchmix.primitives import code_limits, qparams_from_range
-from torchmix.rounding.sweep import Grid, descend_group, gptq_group
+from torchmix.rounding.grid import Grid
+from torchmix.rounding.sweep import descend_group, gptq_group
 
 DEVICES = [
     "cpu",
@@ -82,11 +83,3 @@ def test_descend_group(rows, size, device):
     codes, step = descend_group((block - values) @ hessian, hessian, values, grid)
     equal = agree(codes, expected)
     torch.testing.assert_close((values + step).double().cpu()[equal], moved[equal], rtol=1e-4, atol=1e-5)
-
-
-def test_nearest_rounds_half_to_even_and_clamps():
-    one = torch.ones(1, 1)
-    grid = Grid(one, 2 * one, 0 * one, 7 * one)
-    columns = torch.tensor([[-9.0, -0.5, 0.5, 1.5, 99.0]])
-    assert grid.nearest(columns).tolist() == [[0.0, 2.0, 2.0, 4.0, 7.0]]
-    assert grid.values(grid.nearest(columns)).tolist() == [[-2.0, 0.0, 0.0, 2.0, 5.0]]

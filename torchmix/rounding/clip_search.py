@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchmix.primitives import SCALE_DTYPE, code_limits, qparams_from_range
+from torchmix.primitives import qparams_from_range
+from torchmix.rounding.grid import Grid, round_groups
 from torchmix.rounding.rounded_weight import RoundedWeight
 
 
@@ -44,20 +45,6 @@ class ClipSearch:
 NO_CLIP = ClipSearch(grid_points=1, max_shrink=0.0)
 
 
-def round_columns(
-    columns: Tensor, scale: Tensor, zero_point: Tensor, limits: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Nearest codes as float32: clamp(round(w / scale) + zero_point).
-
-    Args:
-        columns: float32 (N, g).
-        scale, zero_point: float32 (N, 1).
-        limits: smallest and largest code, float32 (N, 1) each.
-    """
-    codes = torch.round(columns / scale) + zero_point
-    return torch.minimum(torch.maximum(codes, limits[0]), limits[1])
-
-
 def search_grid(
     block: Tensor, row_bits: Tensor, diagonal: Tensor | None, search: ClipSearch
 ) -> tuple[Tensor, Tensor]:
@@ -78,15 +65,13 @@ def search_grid(
         scale and zero point, float32 (N, 1) each.
     """
     low, high = block.amin(1, keepdim=True), block.amax(1, keepdim=True)
-    limits = tuple(limit[:, None] for limit in code_limits(row_bits))
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for factor in search.factors():
         scale, zero_point = qparams_from_range(low * factor, high * factor, row_bits)
         if search.grid_points == 1:
             return scale, zero_point
-        codes = round_columns(block, scale, zero_point, (limits[0], limits[1]))
-        error = block - scale * (codes - zero_point)
-        squares = error.square_()
+        grid = Grid.of(scale, zero_point, row_bits)
+        squares = (block - grid.values(grid.nearest(block))).square_()
         loss = squares.sum(1, keepdim=True) if diagonal is None else squares @ diagonal[:, None]
         if best is None:
             best = (loss, scale, zero_point)
@@ -117,20 +102,9 @@ def clip_round(
         hessian: float32 (K, K) or None.
         search: factors to try, by default the paper's.
     """
-    weight = weight.float()
-    limits = tuple(limit[:, None] for limit in code_limits(row_bits))
-    codes, scales, zero_points = [], [], []
-    for start in range(0, weight.shape[1], group_size):
-        part = slice(start, start + group_size)
-        diagonal = None if hessian is None else hessian.diagonal()[part].to(weight)
-        scale, zero_point = search_grid(weight[:, part], row_bits, diagonal, search or ClipSearch())
-        codes.append(round_columns(weight[:, part], scale, zero_point, (limits[0], limits[1])))
-        scales.append(scale)
-        zero_points.append(zero_point)
-    return RoundedWeight(
-        torch.cat(codes, 1).to(torch.int8),
-        torch.cat(scales, 1).to(SCALE_DTYPE),
-        torch.cat(zero_points, 1).to(torch.uint8),
-        group_size,
-        "clip",
-    )
+
+    def choose(block: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        diagonal = None if hessian is None else hessian.diagonal()[columns].to(block)
+        return search_grid(block, row_bits, diagonal, search or ClipSearch())
+
+    return round_groups(weight, row_bits, group_size, choose, "clip")

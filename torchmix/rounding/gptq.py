@@ -15,10 +15,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchmix.primitives import SCALE_DTYPE, code_limits
+from torchmix.primitives import SCALE_DTYPE
 from torchmix.rounding.clip_search import ClipSearch, clip_round, search_grid
+from torchmix.rounding.grid import Grid
 from torchmix.rounding.rounded_weight import RoundedWeight
-from torchmix.rounding.sweep import Grid, gptq_group
+from torchmix.rounding.sweep import gptq_group
 
 PERCDAMP = 0.01
 DAMPING_STEPS = (1.0, 10.0, 100.0)  # percdamp is multiplied by these until the Cholesky factor exists
@@ -64,11 +65,9 @@ def gptq_round(
 
     diagonal = hessian.diagonal()
 
-    low, high = (limit[:, None] for limit in code_limits(row_bits))
-
     def choose_grid(block: Tensor, columns: slice) -> Grid:
         scale, zero_point = search_grid(block, row_bits, diagonal[order[columns]], search)
-        return Grid(scale, zero_point, low, high)
+        return Grid.of(scale, zero_point, row_bits)
 
     sizes = [len(groups[g]) for g in visit]
     codes, grids = gptq_sweep(weight[:, order], factor, sizes, choose_grid, gptq_group)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from torchmix.primitives import SCALE_DTYPE, code_limits, qparams_from_range
-from torchmix.rounding.clip_search import round_columns
+from torchmix.rounding.grid import Grid, round_groups
 from torchmix.rounding.rounded_weight import RoundedWeight
 
 
@@ -100,7 +100,7 @@ def solve_grid(block: Tensor, row_bits: Tensor, settings: HalfQuadratic) -> tupl
     low, high = (limit[:, None] for limit in code_limits(row_bits))
 
     def measured(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes = round_columns(block, scale, zero_point, (low, high))
+        codes = Grid(scale, zero_point, low, high).nearest(block)
         return lp_error(block, codes, scale, zero_point, settings.p), scale, zero_point
 
     best = measured(scale, zero_point)
@@ -108,7 +108,7 @@ def solve_grid(block: Tensor, row_bits: Tensor, settings: HalfQuadratic) -> tupl
     zero_point = torch.where(row_bits[:, None] == 8, 0.0, torch.round(free).clamp(min=0.0)).minimum(high)
     best = _better(best, measured(scale, zero_point))
     for beta in settings.betas():
-        centered = round_columns(block, scale, zero_point, (low, high)) - zero_point
+        centered = Grid(scale, zero_point, low, high).nearest(block) - zero_point
         scale = _fit_scale(block, centered, scale, beta, settings.p)
         best = _better(best, measured(scale, zero_point))
     return best[1], best[2]
@@ -157,18 +157,7 @@ def hqq_round(
         group_size: inputs per scale.
         settings: exponent and course of the splitting, by default the authors'.
     """
-    weight, settings = weight.float(), settings or HalfQuadratic()
-    low, high = (limit[:, None] for limit in code_limits(row_bits))
-    codes, scales, zero_points = [], [], []
-    for block in weight.split(group_size, dim=1):
-        scale, zero_point = solve_grid(block, row_bits, settings)
-        codes.append(round_columns(block, scale, zero_point, (low, high)))
-        scales.append(scale)
-        zero_points.append(zero_point)
-    return RoundedWeight(
-        torch.cat(codes, 1).to(torch.int8),
-        torch.cat(scales, 1).to(SCALE_DTYPE),
-        torch.cat(zero_points, 1).to(torch.uint8),
-        group_size,
-        "hqq",
+    chosen = settings or HalfQuadratic()
+    return round_groups(
+        weight, row_bits, group_size, lambda block, columns: solve_grid(block, row_bits, chosen), "hqq"
     )

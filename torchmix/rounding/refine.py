@@ -16,9 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torchmix.primitives import SCALE_DTYPE, code_limits
+from torchmix.primitives import SCALE_DTYPE
+from torchmix.rounding.grid import Grid
 from torchmix.rounding.rounded_weight import RoundedWeight
-from torchmix.rounding.sweep import Grid, descend_group
+from torchmix.rounding.sweep import descend_group
 
 DEFAULT_REFINE = 3
 MAX_SCALE_STEP = 1.25  # a scale moves by at most this factor, so that a flat direction cannot run away
@@ -106,14 +107,13 @@ def descend(weight: Tensor, rounded: RoundedWeight, row_bits: Tensor, hessian: T
     The best value of q_k, the others as they are, is q_k + (e H)_k / H_kk; rounding it to the grid is exact, because
     the error is a parabola in q_k.
     """
-    low, high = (limit[:, None] for limit in code_limits(row_bits))
     codes_NK, quantized_NK = rounded.codes.float(), rounded.dequantize()
     error_NK = weight - quantized_NK
     for g, columns in enumerate(torch.arange(weight.shape[1]).split(rounded.group_size)):
         part = slice(int(columns[0]), int(columns[-1]) + 1)
         pull_Ng = error_NK @ hessian[:, part]  # e H of this group, kept up to date for its later inputs
         scale, zero_point = rounded.scale[:, g : g + 1].float(), rounded.zero_point[:, g : g + 1].float()
-        grid, q_Ng = Grid(scale, zero_point, low, high), quantized_NK[:, part]
+        grid, q_Ng = Grid.of(scale, zero_point, row_bits), quantized_NK[:, part]
         codes_NK[:, part], step_Ng = descend_group(pull_Ng, hessian[part, part], q_Ng, grid)
         q_Ng += step_Ng
         error_NK[:, part] = weight[:, part] - q_Ng

@@ -9,32 +9,16 @@ Shapes: N rows, g inputs of the group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from torchmix.rounding.grid import Grid
+
+logger = logging.getLogger(__name__)
 INNER_COLUMNS = 16  # columns that are kept up to date one by one; memory traffic falls with it
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What the codes of a group mean: scale, zero point, smallest and largest code, float32 (N, 1) each."""
-
-    scale: Tensor
-    zero_point: Tensor
-    low: Tensor
-    high: Tensor
-
-    def nearest(self, columns: Tensor) -> Tensor:
-        """Nearest codes as float32: clamp(round(w / scale) + zero_point), of float32 (N, any)."""
-        codes = torch.round(columns / self.scale) + self.zero_point
-        return torch.minimum(torch.maximum(codes, self.low), self.high)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """scale * (code - zero_point)."""
-        return self.scale * (codes - self.zero_point)
 
 
 def gptq_group(W_Ng: Tensor, U_gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -94,14 +78,19 @@ def descend_group(pull_Ng: Tensor, H_gg: Tensor, q_Ng: Tensor, grid: Grid) -> tu
 
 
 def _has_kernel(tensor: Tensor) -> bool:
-    """Whether the kernel can be used: it exists for CUDA, where torch brings Triton along."""
-    return tensor.is_cuda and _triton_is_installed()
+    """Whether the kernel can be used: on CUDA, where torch brings Triton along and it finds a compiler."""
+    return tensor.is_cuda and _triton_works(tensor.device)
 
 
-@lru_cache(maxsize=1)
-def _triton_is_installed() -> bool:
+@lru_cache
+def _triton_works(device: torch.device) -> bool:
+    """Round a weight of one value; says why where that fails."""
     try:
-        import triton  # noqa: F401
-    except ImportError:
+        from torchmix.rounding import sweep_triton
+
+        one = torch.ones(1, 1, device=device)
+        sweep_triton.gptq_group(one, one, Grid(one, one, one, one))
+    except Exception as error:  # noqa: BLE001 - fails in many ways: missing, no C compiler, unknown GPU
+        logger.warning("rounding on %s goes column by column, as Triton does not work: %s", device, error)
         return False
     return True

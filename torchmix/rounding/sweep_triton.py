@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchmix.rounding.sweep import Grid
+from torchmix.rounding.grid import Grid
 
 ROWS = 16  # rows of a program: 16 x 128 floats, three times, fit the registers of four warps
 
