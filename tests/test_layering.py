@@ -17,7 +17,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # A unit is a folder of the package, or a file; files named config_*.py belong to the unit config, and so on.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_extension", "primitives", "packing", "accounting"),
+    ("_extension", "primitives", "packing", "accounting", "matmul_precision"),
     ("ops",),
     ("tensor", "evaluation", "capture"),
     ("rounding", "salience", "allocation", "transforms"),

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from torchmix.allocation import BitPlan
 from torchmix.calibration import Calibration, LayerStatistics
-from torchmix.capture import LinearCall, LinearCalls, NotReplayableError, chunk_samples, find_blocks
+from torchmix.capture import (
+    LinearCall,
+    LinearCalls,
+    NotReplayableError,
+    chunk_samples,
+    find_blocks,
+    hidden_states_device,
+)
 from torchmix.evaluation import model_logits
 from torchmix.selection import Selection, Target, select_parameters, weight_fingerprint
 from torchmix.workflow_whole_model import calibration_mode
@@ -100,7 +107,7 @@ def forecast_memory(
     Args:
         model: with its values, on the device and in the dtype that it will be calibrated in.
         sequence_length: tokens per sample; None without data.
-        num_samples: of the data; the hidden states between all blocks are kept for all of them in main memory.
+        num_samples: of the data; the hidden states between all blocks are kept for all of them.
         num_metrics, num_widths: of the calibration.
         hessians: whether it keeps Hessians.
         include, exclude: as for :func:`torchmix.calibrate`.
@@ -128,7 +135,10 @@ def forecast_memory(
     if device.type == "cpu":
         return MemoryForecast(resident_bytes() + _LIBRARIES + kept + hidden + busy + min(busy, _MAX_SLACK), 0)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return MemoryForecast(resident_bytes() + _LIBRARIES + 2 * kept + hidden, weights + kept + busy)
+    host = resident_bytes() + _LIBRARIES + 2 * kept
+    if hidden_states_device(device, hidden) == device:
+        return MemoryForecast(host, weights + kept + busy + hidden)
+    return MemoryForecast(host + hidden, weights + kept + busy)
 
 
 def _num_blocks(model: nn.Module, selection: Selection) -> int:

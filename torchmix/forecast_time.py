@@ -118,13 +118,15 @@ def forecast_time(
     work = [_Layer.of(layer, model) for layer in plan.layers.values()]
     calibration = 0.0
     if tokens and not calibrated:
-        calibration = tokens * _head_flops(model) / speed.flops
+        calibration = scored_tokens * _head_flops(model) / speed.flops
     for layer in work:
         if not tokens and not calibrated:
             calibration += num_widths * _SWEEP_SHARE["rtn"] * layer.sweep_seconds(speed)
         if tokens and not calibrated:
-            passes = tokens * (6 * layer.active + 2 * _SHARED_INPUTS * layer.columns**2)
-            scores = 2 * scored_tokens * layer.active * num_widths
+            passes = tokens * (2 * layer.active + 2 * _SHARED_INPUTS * layer.columns**2)
+            scores = (
+                scored_tokens * layer.active * (4 + 2 * num_widths)
+            )  # once more forward, backward, errors
             outputs = scored_tokens * num_widths * layer.active / layer.columns
             calibration += (passes + scores) / speed.flops + layer.gptq_seconds(speed, num_widths)
             calibration += _SCORING_SHARE * outputs * speed.weight_seconds

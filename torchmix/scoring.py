@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmix.capture import HessianAccumulator, LinearCall
+from torchmix.matmul_precision import tf32_products
 from torchmix.rounding import gptq_round, rtn_round
 from torchmix.salience import DATA_FREE, DATA_FREE_METRICS, METRICS, RowSignals, WeightSignals
 from torchmix.selection import Target
@@ -243,7 +244,8 @@ class SalienceRecorder:
             if not metrics:
                 continue
             errors = self._errors_of(call, kind)
-            output_errors = (x @ errors.flatten(0, 1).T).unflatten(1, errors.shape[:2])
+            with tf32_products():
+                output_errors = (x @ errors.flatten(0, 1).T).unflatten(1, errors.shape[:2])
             for column in range(len(errors)):
                 signals = RowSignals(output_errors[:, column], gradient, self.loss_tokens, x, errors[column])
                 for metric in metrics:

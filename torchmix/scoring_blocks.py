@@ -1,10 +1,11 @@
 """Calibration block by block (L5): every sample passes a block before any passes the next.
 
 First all samples go forward, block after block, and leave the Hessians of the layers; what enters each block is
-kept in main memory. Then the gradient of the loss goes backward through the blocks in reverse, each recomputed from
-what entered it. By then the Hessians are known, so each block's layers are rounded at every width once, and the scores
-are those of the rounding that is really used. A sample that is scored joins the Hessians only then: GPTQ fits the
-tokens it has seen better than others. Memory for errors and gradients is bounded by one block.
+kept, on a GPU that has room and else in main memory. Then the gradient of the loss goes backward through the blocks
+in reverse, each recomputed from what entered it. By then the Hessians are known, so each block's layers are rounded
+at every width once, and the scores are those of the rounding that is really used. A sample that is scored joins the
+Hessians only then: GPTQ fits the tokens it has seen better than others. Memory for errors and gradients is bounded
+by one block.
 
 Shapes: S samples of L tokens, B samples of a chunk, D hidden size, V vocabulary.
 """
@@ -24,6 +25,7 @@ from torchmix.capture import (
     NotReplayableError,
     chunk_samples,
     find_blocks,
+    hidden_states_device,
     record_blocks,
     short_circuit,
 )
@@ -125,7 +127,9 @@ class _BlockRun:
             for numbers in (scored, others)
             for i in range(0, len(numbers), size)
         ]
-        states = torch.cat(entering).cpu().split([len(chunk.numbers) for chunk in self._chunks])
+        kept = sum(states.numel() * states.element_size() for states in entering) * (len(blocks) + 1)
+        self._keep_on = hidden_states_device(device, kept)
+        states = torch.cat(entering).to(self._keep_on).split([len(chunk.numbers) for chunk in self._chunks])
         self._blocks = blocks
         self._entering: list[list[Tensor]] = [list(states)]  # for each block, the hidden states of each chunk
 
@@ -172,7 +176,7 @@ class _BlockRun:
             for chunk, hidden in zip(self._chunks, self._entering[-1], strict=True):
                 self._recorder.samples, self._recorder.scoring = chunk.numbers, chunk.scored
                 with LinearCalls(weights, self._recorder.observe):
-                    following.append(block.run(block.module, hidden.to(self._device)).cpu())
+                    following.append(block.run(block.module, hidden.to(self._device)).to(self._keep_on))
                 if self._recorder.hessians is not None:
                     self._recorder.hessians.forget_last()
             self._entering.append(following)
@@ -220,7 +224,7 @@ class _BlockRun:
                     recorder.labels, recorder.loss_tokens = labels, len(losses)
                     retain = labels != kinds[-1]
                     (gradient,) = torch.autograd.grad(losses.sum(), leaf, retain_graph=retain)
-                    parts[labels].append(gradient.cpu())
+                    parts[labels].append(gradient.to(self._keep_on))
             for labels in kinds:
                 self._gradients[labels].append(torch.cat(parts[labels]))
         recorder.forget_errors()
@@ -251,6 +255,6 @@ class _BlockRun:
             arriving = self._gradients[labels][index].to(self._device, output.dtype)
             retain = labels != kinds[-1]
             (gradient,) = torch.autograd.grad(output, leaf, arriving, retain_graph=retain)
-            self._gradients[labels][index] = gradient.cpu()
+            self._gradients[labels][index] = gradient.to(self._keep_on)
         if recorder.hessians is not None:
             recorder.hessians.forget_last()

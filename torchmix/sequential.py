@@ -29,6 +29,7 @@ from torchmix.capture import (
     record_blocks,
 )
 from torchmix.evaluation import evaluation_mode, model_logits
+from torchmix.matmul_precision import tf32_products
 from torchmix.rounding import (
     DEFAULT_REFINE,
     PERCDAMP,
@@ -216,10 +217,11 @@ class _Run:
             x_q = fake_quantize(x_q, settings.group_size, settings.per_token)
             weighted = self._weighted(name, x_q, first, len(original))
             first += len(original)
-            moments.hessian.addmm_(weighted.T, x_q)
-            moments.cross.addmm_(x.T, weighted)
-            if moments.residual is not None and r is not None and r_q is not None:
-                moments.residual.addmm_((r - r_q).T, weighted)
+            with tf32_products():
+                moments.hessian.addmm_(weighted.T, x_q)
+                moments.cross.addmm_(x.T, weighted)
+                if moments.residual is not None and r is not None and r_q is not None:
+                    moments.residual.addmm_((r - r_q).T, weighted)
         return moments
 
     def _weighted(self, name: str, x: Tensor, first: int, samples: int) -> Tensor:

@@ -10,18 +10,16 @@ Tokens are random: time and memory do not depend on them.
 from __future__ import annotations
 
 import argparse
-import copy
-import csv
-import resource
 import time
 from pathlib import Path
 
 import torch
-from harness import git_commit, machine
+from harness import git_commit, machine, write_csv
 from torchao.quantization import quantize_
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import torchmix
+from torchmix.forecast import peak_device_bytes, peak_resident_bytes
 
 BLOCKS = 32
 SHAPE = {
@@ -38,9 +36,7 @@ SHAPE = {
 
 def peak_bytes(device: str) -> int:
     """Peak memory on the device since the last reset; on a CPU of the process since its start."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_device_bytes(device) or peak_resident_bytes()
 
 
 def measure(num_blocks: int, options: argparse.Namespace) -> dict[str, float]:
@@ -85,7 +81,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--commit")
     options = parser.parse_args()
-    measure(1, copy.copy(options))  # warm-up: kernels are compiled at their first use
+    measure(1, options)  # warm-up: kernels are compiled at their first use
     one, three = measure(1, options), measure(3, options)
     rows = []
     for key in one:
@@ -115,10 +111,7 @@ def main() -> None:
             "machine": f"{machine(options.device)}, torch {torch.__version__}",
             "commit": options.commit or git_commit(),
         }
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*rows[0], *conditions])
-            writer.writeheader()
-            writer.writerows(row | conditions for row in rows)
+        write_csv([{**row, **conditions} for row in rows], options.csv)
 
 
 if __name__ == "__main__":

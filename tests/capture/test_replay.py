@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from torchmix.capture import NotReplayableError, chunk_samples, find_blocks, record_blocks, short_circuit
+from torchmix.capture import (
+    NotReplayableError,
+    chunk_samples,
+    find_blocks,
+    hidden_states_device,
+    record_blocks,
+    short_circuit,
+)
 
 D = 8
 
@@ -122,3 +131,13 @@ def test_chunks_are_larger_on_a_gpu_and_never_empty():
     assert chunk_samples(torch.device("cpu"), 512) == 4
     assert chunk_samples(torch.device("cuda"), 512) == 16
     assert chunk_samples(torch.device("cpu"), 100_000) == 1
+
+
+def test_hidden_states_stay_on_a_gpu_that_has_room(monkeypatch):
+    """A quarter of its memory; a device without a GPU's memory keeps them in main memory."""
+    properties = SimpleNamespace(total_memory=400)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gpu = torch.device("cuda", 1)
+    assert hidden_states_device(gpu, 100) == gpu
+    assert hidden_states_device(gpu, 101) == torch.device("cpu")
+    assert hidden_states_device(torch.device("cpu"), 1) == torch.device("cpu")

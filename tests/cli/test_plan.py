@@ -55,6 +55,8 @@ def test_plan_with_data_predicts_kl_and_keeps_the_calibration(
     assert report["calibration"]["tokens"] == 128
     assert len(Calibration.load(kept).hessians) > 0
 
+    unkept = json.loads(run("plan", tiny_model, "--bits", 4.5, *shared)[1])
+    assert unkept["predicted_kl"] == report["predicted_kl"]  # scored with the same rounding, kept or not
     again = json.loads(run("plan", tiny_model, "--bits", 4.5, "--calibration", kept, "--json", "-")[1])
     assert again["predicted_kl"] == report["predicted_kl"]
     assert again["checkpoint_bytes"] == report["checkpoint_bytes"]

@@ -56,10 +56,9 @@ def test_hessians_are_kept_where_something_needs_them() -> None:
     assert keeps_hessians(parse("--bits", "4"))
     assert not keeps_hessians(parse("--bits", "4", "--rounding", "rtn"))
     plan = ["plan", "m", "--bits", "4"]
-    assert not keeps_hessians(build_parser().parse_args(plan))
-    assert keeps_hessians(build_parser().parse_args([*plan, "--measure", "t"]))
-    assert not keeps_hessians(build_parser().parse_args([*plan, "--measure", "t", "--rounding", "clip"]))
-    assert keeps_hessians(build_parser().parse_args([*plan, "--save-calibration", "c"]))
+    assert keeps_hessians(build_parser().parse_args(plan))
+    assert not keeps_hessians(build_parser().parse_args([*plan, "--rounding", "clip"]))
+    assert keeps_hessians(build_parser().parse_args([*plan, "--rounding", "clip", "--save-calibration", "c"]))
 
 
 def test_samples_are_as_long_as_the_model_allows() -> None:

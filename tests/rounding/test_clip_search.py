@@ -43,12 +43,20 @@ def by_trial(block: Tensor, bits: int, diagonal: Tensor | None) -> tuple[float, 
     return found
 
 
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_hessian", [False, True])
-def test_best_factor_is_found(with_hessian: bool) -> None:
+def test_best_factor_is_found(with_hessian: bool, device: str) -> None:
     bits = row_bits(21)
     weight, x = torch.randn(21, 16), correlated_inputs(64, 16)
     diagonal = x.square().mean(0) if with_hessian else None
-    scale, zero_point = search_grid(weight, bits, diagonal, ClipSearch())
+    on_device = diagonal.to(device) if diagonal is not None else None
+    scale, zero_point = search_grid(weight.to(device), bits.to(device), on_device, ClipSearch())
     found = list(zip(scale[:, 0].tolist(), zero_point[:, 0].tolist(), strict=True))
     assert found == [by_trial(row, int(b), diagonal) for row, b in zip(weight, bits, strict=True)]
     assert len({round(s / t, 2) for (s, _), t in zip(found, full_scales(weight, bits), strict=True)}) > 2

@@ -9,6 +9,7 @@ from torchmix.capture.replay import (
     NotReplayableError,
     chunk_samples,
     find_blocks,
+    hidden_states_device,
     record_blocks,
     short_circuit,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "chunk_samples",
     "fake_quantize",
     "find_blocks",
+    "hidden_states_device",
     "record_blocks",
     "short_circuit",
 ]

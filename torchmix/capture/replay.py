@@ -53,6 +53,16 @@ def chunk_samples(device: torch.device, sequence_length: int) -> int:
     return max(1, tokens // sequence_length)
 
 
+def hidden_states_device(device: torch.device, num_bytes: int) -> torch.device:
+    """Where to keep hidden states of so many bytes in all: on a GPU if they fill at most a quarter of its memory.
+
+    Main memory is the other choice; moving them there and back takes longer than the blocks that compute them.
+    """
+    if device.type == "cuda" and 4 * num_bytes <= torch.cuda.get_device_properties(device).total_memory:
+        return device
+    return torch.device("cpu")
+
+
 def find_blocks(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The ``nn.ModuleList`` whose modules own most of the named parameters, by fully qualified name.
 

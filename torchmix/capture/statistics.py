@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torchmix.capture.linear_calls import LinearCall
+from torchmix.matmul_precision import tf32_products
 
 _Layer = tuple[str, "int | None"]  # parameter name, expert
 
@@ -74,10 +75,11 @@ class HessianAccumulator:
             return
         self._part(last)
         x = last.x.float()
-        if last.key in self._sums:
-            self._sums[last.key].addmm_(x.T, x)
-        else:
-            self._sums[last.key] = x.T @ x
+        with tf32_products():
+            if last.key in self._sums:
+                self._sums[last.key].addmm_(x.T, x)
+            else:
+                self._sums[last.key] = x.T @ x
         self.tokens[last.key] = self.tokens.get(last.key, 0) + len(x)
 
     def _part(self, last: _Input) -> None:

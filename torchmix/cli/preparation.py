@@ -225,9 +225,11 @@ def warn_of_memory(forecast: MemoryForecast) -> None:
 
 
 def keeps_hessians(options: argparse.Namespace) -> bool:
-    """Whether this command's rounding, or a later use of the calibration file, needs Hessians."""
-    rounds = options.command == "quantize" or options.measure is not None
-    return (rounds and options.rounding in WITH_HESSIANS) or options.save_calibration is not None
+    """Whether the rounding, or a later use of the calibration file, needs Hessians.
+
+    Also where nothing is rounded: a plan ranks rows by the errors of the rounding that ``quantize`` would use.
+    """
+    return options.rounding in WITH_HESSIANS or options.save_calibration is not None
 
 
 def measure(options: argparse.Namespace, loaded: LoadedModel, plan: BitPlan) -> Calibration:

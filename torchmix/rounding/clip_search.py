@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchmix.primitives import qparams_from_range
+from torchmix.primitives import code_limits, qparams_from_range
 from torchmix.rounding.grid import Grid, round_groups
 from torchmix.rounding.rounded_weight import RoundedWeight
+from torchmix.rounding.sweep import has_kernel
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ def search_grid(
     Returns:
         scale and zero point, float32 (N, 1) each.
     """
+    if search.grid_points > 1 and has_kernel(block):
+        from torchmix.rounding import sweep_triton
+
+        return sweep_triton.search_group(block, code_limits(row_bits), diagonal, search.factors())
     low, high = block.amin(1, keepdim=True), block.amax(1, keepdim=True)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for factor in search.factors():

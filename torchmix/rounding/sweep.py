@@ -32,7 +32,7 @@ def gptq_group(W_Ng: Tensor, U_gg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     Returns:
         codes and errors (w - its value) / U_kk, float32 (N, g) each.
     """
-    if _has_kernel(W_Ng):
+    if has_kernel(W_Ng):
         from torchmix.rounding import sweep_triton
 
         return sweep_triton.gptq_group(W_Ng, U_gg, grid)
@@ -61,7 +61,7 @@ def descend_group(pull_Ng: Tensor, H_gg: Tensor, q_Ng: Tensor, grid: Grid) -> tu
     Returns:
         codes, and the new minus the old values, float32 (N, g) each.
     """
-    if _has_kernel(pull_Ng):
+    if has_kernel(pull_Ng):
         from torchmix.rounding import sweep_triton
 
         return sweep_triton.descend_group(pull_Ng, H_gg, q_Ng, grid)
@@ -77,7 +77,7 @@ def descend_group(pull_Ng: Tensor, H_gg: Tensor, q_Ng: Tensor, grid: Grid) -> tu
     return codes_Ng, step_Ng
 
 
-def _has_kernel(tensor: Tensor) -> bool:
+def has_kernel(tensor: Tensor) -> bool:
     """Whether the kernel can be used: on CUDA, where torch brings Triton along and it finds a compiler."""
     return tensor.is_cuda and _triton_works(tensor.device)
 

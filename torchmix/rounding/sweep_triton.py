@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchmix.primitives import MIN_RANGE
 from torchmix.rounding.grid import Grid
 
 ROWS = 16  # rows of a program: 16 x 128 floats, three times, fit the registers of four warps
@@ -79,6 +80,84 @@ def _sweep(  # type: ignore[no-untyped-def]
     out = r[:, None] * SIZE + c[None, :]
     tl.store(codes_ptr + out, codes, mask=inside)
     tl.store(error_ptr + out, errors, mask=inside)
+
+
+@triton.jit
+def _search(  # type: ignore[no-untyped-def]
+    x_ptr,  # (N, g) weights
+    diagonal_ptr,  # (g,)
+    factors_ptr,  # (FACTORS,)
+    low_ptr,
+    high_ptr,
+    scale_ptr,  # (N,) out
+    zero_ptr,  # (N,) out
+    rows,
+    x_stride,
+    min_range,
+    SIZE: tl.constexpr,
+    FACTORS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, COLUMNS)
+    inside_r, inside_c = r < rows, c < SIZE
+    inside = inside_r[:, None] & inside_c[None, :]
+    x = tl.load(x_ptr + r[:, None] * x_stride + c[None, :], mask=inside, other=0.0)
+    weight = tl.load(diagonal_ptr + c, mask=inside_c, other=0.0)
+    low = tl.load(low_ptr + r, mask=inside_r, other=0.0)
+    high = tl.load(high_ptr + r, mask=inside_r, other=1.0)
+    symmetric = low < 0.0  # only the codes of 8-bit rows have a sign
+    smallest, largest = (
+        tl.min(x, 1),
+        tl.max(x, 1),
+    )  # masked columns count as 0, which the range contains anyway
+    best = tl.full((BLOCK,), float("inf"), tl.float32)
+    best_scale = tl.full((BLOCK,), 1.0, tl.float32)
+    best_zero = tl.zeros((BLOCK,), tl.float32)
+    for f in range(FACTORS):
+        factor = tl.load(factors_ptr + f)
+        bottom, top = tl.minimum(smallest * factor, 0.0), tl.maximum(largest * factor, 0.0)
+        extent = tl.where(symmetric, tl.maximum(-bottom, top), top - bottom)
+        scale = tl.div_rn(extent, high).to(tl.bfloat16).to(tl.float32)
+        scale = tl.where(extent < min_range, 1.0, scale)
+        zero = tl.where(symmetric, 0.0, _nearest(-bottom, scale, 0.0, 0.0, high))
+        code = _nearest(x, scale[:, None], zero[:, None], low[:, None], high[:, None])
+        error = x - scale[:, None] * (code - zero[:, None])
+        loss = tl.sum(error * error * weight[None, :], 1)
+        better = loss < best  # of equal ones the first
+        best = tl.where(better, loss, best)
+        best_scale = tl.where(better, scale, best_scale)
+        best_zero = tl.where(better, zero, best_zero)
+    tl.store(scale_ptr + r, best_scale, mask=inside_r)
+    tl.store(zero_ptr + r, best_zero, mask=inside_r)
+
+
+def search_group(
+    block_Ng: Tensor, limits: tuple[Tensor, Tensor], diagonal: Tensor | None, factors: list[float]
+) -> tuple[Tensor, Tensor]:
+    """See :func:`torchmix.rounding.clip_search.search_grid`; ``limits`` are the codes' (N,) each."""
+    block_Ng = block_Ng if block_Ng.stride(-1) == 1 else block_Ng.contiguous()
+    rows, columns = block_Ng.shape
+    weight = block_Ng.new_ones(columns) if diagonal is None else diagonal.to(block_Ng).contiguous()
+    scale, zero_point = block_Ng.new_empty(rows, 1), block_Ng.new_empty(rows, 1)
+    with torch.cuda.device_of(block_Ng):
+        _search[(triton.cdiv(rows, ROWS),)](
+            block_Ng,
+            weight,
+            block_Ng.new_tensor(factors),
+            *limits,
+            scale,
+            zero_point,
+            rows,
+            block_Ng.stride(0),
+            MIN_RANGE,
+            SIZE=columns,
+            FACTORS=len(factors),
+            COLUMNS=triton.next_power_of_2(columns),
+            BLOCK=ROWS,
+        )
+    return scale, zero_point
 
 
 def _launch(x: Tensor, q: Tensor, matrix: Tensor, grid: Grid, descent: bool) -> tuple[Tensor, Tensor]:
