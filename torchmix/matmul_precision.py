@@ -9,13 +9,19 @@ import torch
 
 
 @contextmanager
-def tf32_products() -> Iterator[None]:
-    """Inside, float32 products on CUDA take their operands as TF32 (10 bits of mantissa) and add up in float32.
+def token_sums(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, products that sum over the tokens of a bfloat16 or float16 model run on CUDA's tensor cores.
 
-    For sums over many tokens, Hessians and output errors, where operands rounded to 2^-11 of themselves change nothing
-    that the number of tokens does not change more; on tensor cores they take an eighth of the time. bfloat16 inputs
-    are exact in TF32. The setting from before is restored, on other devices nothing changes.
+    They take float32 operands as TF32 (10 bits of mantissa, as float16 has and three more than bfloat16), add up in
+    float32, and need an eighth of the time. The sums of a float32 model stay float32. The setting from before is
+    restored; on other devices nothing changes.
+
+    Args:
+        dtype: of the model whose activations are summed.
     """
+    if dtype == torch.float32:
+        yield
+        return
     setting = torch.backends.cuda.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "tf32"

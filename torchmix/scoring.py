@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmix.capture import HessianAccumulator, LinearCall
-from torchmix.matmul_precision import tf32_products
+from torchmix.matmul_precision import token_sums
 from torchmix.rounding import gptq_round, rtn_round
 from torchmix.salience import DATA_FREE, DATA_FREE_METRICS, METRICS, RowSignals, WeightSignals
 from torchmix.selection import Target
@@ -244,7 +244,7 @@ class SalienceRecorder:
             if not metrics:
                 continue
             errors = self._errors_of(call, kind)
-            with tf32_products():
+            with token_sums(call.x.dtype):
                 output_errors = (x @ errors.flatten(0, 1).T).unflatten(1, errors.shape[:2])
             for column in range(len(errors)):
                 signals = RowSignals(output_errors[:, column], gradient, self.loss_tokens, x, errors[column])

@@ -29,7 +29,7 @@ from torchmix.capture import (
     record_blocks,
 )
 from torchmix.evaluation import evaluation_mode, model_logits
-from torchmix.matmul_precision import tf32_products
+from torchmix.matmul_precision import token_sums
 from torchmix.rounding import (
     DEFAULT_REFINE,
     PERCDAMP,
@@ -217,7 +217,7 @@ class _Run:
             x_q = fake_quantize(x_q, settings.group_size, settings.per_token)
             weighted = self._weighted(name, x_q, first, len(original))
             first += len(original)
-            with tf32_products():
+            with token_sums(weight.dtype):
                 moments.hessian.addmm_(weighted.T, x_q)
                 moments.cross.addmm_(x.T, weighted)
                 if moments.residual is not None and r is not None and r_q is not None:

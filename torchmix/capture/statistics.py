@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torchmix.capture.linear_calls import LinearCall
-from torchmix.matmul_precision import tf32_products
+from torchmix.matmul_precision import token_sums
 
 _Layer = tuple[str, "int | None"]  # parameter name, expert
 
@@ -75,7 +75,7 @@ class HessianAccumulator:
             return
         self._part(last)
         x = last.x.float()
-        with tf32_products():
+        with token_sums(last.x.dtype):
             if last.key in self._sums:
                 self._sums[last.key].addmm_(x.T, x)
             else:
