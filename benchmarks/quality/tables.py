@@ -121,6 +121,7 @@ def size() -> Iterator[Case]:
     """How much calibration text is enough."""
     for samples in (4, 8, 16, 32, 64, 128):
         yield with_samples(Case(f"torchmix, {samples} samples", {"bits": BITS}), samples)
+    yield with_samples(Case("torchmix, 128 samples, tuned", {"bits": BITS}, tune=TUNING), 128)
 
 
 def seeds() -> Iterator[Case]:
