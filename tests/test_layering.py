@@ -17,7 +17,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # A unit is a folder of the package, or a file; files named config_*.py belong to the unit config, and so on.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_extension", "primitives", "packing", "accounting", "matmul_precision"),
+    ("_extension", "primitives", "packing", "tiles", "accounting", "matmul_precision"),
     ("ops",),
     ("tensor", "evaluation", "capture"),
     ("rounding", "salience", "allocation", "transforms"),
@@ -31,7 +31,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),  # the public face: nothing inside the package imports it
 )
 LAYER = {unit: layer for layer, units in enumerate(LAYERS) for unit in units}
-SAME_LAYER = {("packing", "accounting"), ("workflow", "data"), ("cli", "demo"), ("cli", "plots")}
+SAME_LAYER = {
+    ("packing", "accounting"),
+    ("tiles", "packing"),
+    ("tiles", "accounting"),
+    ("workflow", "data"),
+    ("cli", "demo"),
+    ("cli", "plots"),
+}
 # Package from outside -> units that may import it. Whatever is not named here may not be imported at all.
 THIRD_PARTY = {
     "torch": set(LAYER),
