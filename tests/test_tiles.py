@@ -83,8 +83,9 @@ def test_every_element_lies_where_the_formulas_put_it(bits: int, in_features: in
     scales = (weight.scale.view(torch.int16).int() & 0xFFFF).tolist()
     expected, data, start = expected_rows(weight), tiles.tolist(), 0
     assert row_index.tolist() == [row for _, rows in expected for row in rows]
-    for (width, rows), (offset, table_width) in zip(expected, tile_table.tolist(), strict=True):
-        assert (16 * offset, table_width) == (start, width)
+    wide_tiles = sum(width > 4 for width, _ in expected)
+    for (width, rows), (offset, table_width, wide) in zip(expected, tile_table.tolist(), strict=True):
+        assert (16 * offset, table_width, wide) == (start, width, wide_tiles)
         for g in range(groups):
             block = data[start : start + 1024 * width + 192]
             start += len(block)

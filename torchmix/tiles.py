@@ -29,8 +29,9 @@ bits. Four such bytes, m = 0..3, are a word; a word stands for 8 / p registers. 
 Pair p = 0..31 holds the parameters of row a = 16 * (p // 8) + p % 8, then of row a + 8: two bfloat16 scales, or two
 uint8 zero points (0 for 8-bit rows). Padding rows have codes, scales and zero points 0; inputs beyond K have codes 0.
 
-``row_index`` int32 (T * 64,) is the original row of each place, -1 for padding. ``tile_table`` int32 (T, 2) holds
-the offset of each tile in units of 16 bytes, and its width.
+``row_index`` int32 (T * 64,) is the original row of each place, -1 for padding. ``tile_table`` int32 (T, 3) holds
+the offset of each tile in units of 16 bytes, its width, and, the same for all, how many tiles have more than 4 bits
+(they come first; a kernel deals tiles out to multiprocessors by it).
 
 Shapes: N out_features, K in_features, G = ceil(K / 128), T tiles, R = 64 rows per tile of some tiles.
 """
@@ -60,6 +61,7 @@ from torchmix.packing import (
 GROUP_SIZE = 128
 TILE_ROWS = 64
 OFFSET_UNIT = 16  # bytes
+NARROW_BITS = 4  # tiles of more than these bits are wide
 PLANES = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 WARPS, LANES, REGISTERS, WORD = 4, 32, 16, 4  # per block; codes per register = bytes per word
 SCALE_BYTES, ZERO_POINT_BYTES = 2 * TILE_ROWS, TILE_ROWS
@@ -68,7 +70,7 @@ CHUNK_CODES = 1 << 24
 
 
 class Tiles(NamedTuple):
-    """A weight in the tile layout: tiles uint8 1-D, row_index int32 (T * 64,), tile_table int32 (T, 2)."""
+    """A weight in the tile layout: tiles uint8 1-D, row_index int32 (T * 64,), tile_table int32 (T, 3)."""
 
     tiles: Tensor
     row_index: Tensor
@@ -129,8 +131,9 @@ def pack_tiles(
         zeros = _read_zero_points(zero_point, zero_offsets[rows], chunk.bits, scale.shape[1])
         codes, scales, zeros = (part.masked_fill_(~real[:, None], 0) for part in (codes, scale[rows], zeros))
         tiles[chunk.span] = _pack_blocks(codes, scales, zeros, chunk.bits)
-    table = [[start // OFFSET_UNIT, bits] for start, bits in zip(starts, widths, strict=False)]
-    tile_table = torch.tensor(table, dtype=torch.int32).view(-1, 2)
+    wide = sum(bits > NARROW_BITS for bits in widths)
+    table = [[start // OFFSET_UNIT, bits, wide] for start, bits in zip(starts, widths, strict=False)]
+    tile_table = torch.tensor(table, dtype=torch.int32).view(-1, 3)
     return Tiles(tiles, row_index.int(), tile_table.to(qdata.device))
 
 
