@@ -6,13 +6,18 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from torchmix import _extension
 from torchmix._extension import KernelLibrary, KernelStatus, disable_kernels, kernel_status, kernels_available
+from torchmix.ops import mixed_linear, quantize_activation
+from torchmix.tensor import MixedPrecisionTensor
 
 ROOT = Path(__file__).parents[1]
 LIVE = (KernelLibrary(Path("_C.so"), "cpu"),)
@@ -85,6 +90,63 @@ def test_disable_kernels_holds_for_its_thread_only() -> None:
         thread.start()
         thread.join()
     assert seen == [True]
+
+
+@pytest.fixture
+def kernel_calls() -> Iterator[list[str]]:
+    """CPU kernels for two ops: one gives codes 1, the other notes its call and gives zeros."""
+    calls: list[str] = []
+
+    def quantize(x: Tensor, group_size: int, per_token: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append("quantize_activation")
+        groups = x.new_ones((len(x), -(-x.shape[1] // group_size)))
+        return torch.ones_like(x, dtype=torch.int8), groups, groups.int()
+
+    def linear(codes: Tensor, *args: Any) -> Tensor:
+        calls.append("mixed_linear_quantized")
+        return codes.new_zeros((len(codes), len(args[5])), dtype=args[-1])
+
+    with torch.library._scoped_library("torchmix", "IMPL") as library:
+        library.impl("quantize_activation", quantize, "CPU")
+        library.impl("mixed_linear_quantized", linear, "CPU")
+        yield calls
+
+
+@pytest.mark.parametrize("door", ["op", "linear", "matmul", "compiled"])
+def test_disable_kernels_runs_the_references(kernel_calls: list[str], door: str) -> None:
+    """Through every door, with the same gradients; and compiled code too."""
+    weight = MixedPrecisionTensor.from_hp(torch.randn(24, 128), 4)
+    inner = (weight.qdata, weight.scale, weight.zero_point, weight.row_bits)
+    doors: dict[str, Callable[[Tensor], Tensor]] = {
+        "op": lambda x: mixed_linear(x, *inner, None, 128),
+        "linear": lambda x: torch.nn.functional.linear(x, weight),
+        "matmul": lambda x: x @ weight.t(),
+    }
+    doors["compiled"] = torch.compile(doors["linear"], fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 128, requires_grad=True)
+    assert float(doors[door](x).detach().abs().max()) == 0
+    assert set(kernel_calls) == {"quantize_activation", "mixed_linear_quantized"}
+    kernel_calls.clear()
+    with disable_kernels():
+        y = doors[door](x)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert not kernel_calls
+    dense = weight.dequantize()
+    torch.testing.assert_close(y, x @ dense.t(), rtol=0.05, atol=0.5)
+    torch.testing.assert_close(gradient, dense.sum(0).expand(5, -1))
+    assert float(doors[door](x).detach().abs().max()) == 0
+
+
+@pytest.mark.usefixtures("kernel_calls")
+def test_disable_kernels_leaves_other_threads_their_kernels() -> None:
+    seen: list[int] = []
+    x = torch.zeros(1, 8)
+    with disable_kernels():
+        thread = threading.Thread(target=lambda: seen.append(int(quantize_activation(x, 8)[0].sum())))
+        thread.start()
+        thread.join()
+        assert int(quantize_activation(x, 8)[0].sum()) == 0
+    assert seen == [8]
 
 
 @pytest.mark.parametrize("value", ["", "0"])

@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch._C import DispatchKey
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _REQUIRE_VARIABLE = "TORCHMIX_REQUIRE_KERNELS"
 _FALLBACK = "ops run on the PyTorch reference"
@@ -79,14 +82,40 @@ def kernel_status() -> KernelStatus:
 def disable_kernels() -> Iterator[None]:
     """Run ops on the PyTorch reference inside this block, to test or time a kernel against it.
 
-    Holds for the current thread (or task) only, and may be nested. Code compiled outside the block keeps
-    the choice it was compiled with.
+    Holds for the current thread only, and may be nested. Compiled code runs its references inside the block too;
+    a CUDA graph keeps the choice it was captured with.
     """
     token = _DISABLED.set(True)
     try:
-        yield
+        with _References():
+            yield
     finally:
         _DISABLED.reset(token)
+
+
+class _References(TorchDispatchMode):
+    """Sends every op of torchmix to its reference, whatever kernels its device has; gradients are not concerned."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """``torch.compile`` works inside the block; the graph is traced without this mode and runs under it."""
+        return True
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: tuple[Any, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation; tensor subclasses, fake tensors among them, do so themselves and come back here."""
+        if any(kind not in (torch.Tensor, torch.nn.Parameter) for kind in types):
+            return NotImplemented
+        reference = DispatchKey.CompositeExplicitAutograd
+        if func.namespace == "torchmix" and func.has_kernel_for_dispatch_key(reference):
+            with self:  # a reference may call other ops
+                return func._op_dk(reference, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _load_libraries(directory: Path) -> tuple[KernelLibrary, ...]:

@@ -5,51 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from tests.generators import ORDINARY_IN_FEATURES, PackedWeight, packed_weight
+from tests.generators import ORDINARY_IN_FEATURES, packed_weight
+from tests.ops.linear_oracle import assert_close, oracle
 from torchmix.ops import mixed_linear, mixed_linear_quantized, quantize_activation
 from torchmix.ops.mixed_linear import integer_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BATCHES = (0, 1, 3, 17, 129)
-
-
-def oracle(x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool) -> tuple[Tensor, Tensor]:
-    """Result and the sum of the magnitudes that were added up, float64 (M, N) each.
-
-    Integers in int64; codes of the activations by the fixed float32 formula; everything else in float64.
-    """
-    size, in_features = weight.group_size, weight.codes.shape[1]
-    values, centered = x.float().numpy(), weight.centered.numpy()
-    total = np.zeros((len(values), len(centered)))
-    magnitude = np.zeros_like(total)
-    for g, start in enumerate(range(0, in_features, size)):
-        part = slice(start, min(start + size, in_features))
-        seen = values if per_token else values[:, part]
-        absmax = np.abs(seen).max(1, keepdims=True) if len(values) else np.ones((0, 1), np.float32)
-        codes = np.rint(values[:, part] * (np.float32(127) / absmax)).clip(-127, 127).astype(np.int64)
-        dots = codes @ centered[:, part].T
-        term = dots * (absmax / np.float32(127)).astype(np.float64) * weight.scale[:, g].double().numpy()
-        total, magnitude = total + term, magnitude + np.abs(term)
-    if bias is not None:
-        total, magnitude = total + bias.double().numpy(), magnitude + bias.double().abs().numpy()
-    return torch.from_numpy(total), torch.from_numpy(magnitude)
-
-
-def assert_close(y: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool) -> None:
-    """Three float32 roundings per group (two products, one sum), one for the bias, one to the output dtype."""
-    expected, magnitude = oracle(x, weight, bias, per_token)
-    roundings = 3 * weight.scale.shape[1] + 1
-    bound = roundings * 2.0**-24 * magnitude * 1.01
-    bound = bound + expected.abs() * torch.finfo(y.dtype).eps / 2 + torch.finfo(y.dtype).tiny
-    assert y.shape == expected.shape
-    assert bool(((y.double() - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("in_features", ORDINARY_IN_FEATURES)

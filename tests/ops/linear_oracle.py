@@ -1,0 +1,70 @@
+"""What linear layers must give, in int64 and float64, without any code of the package."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.generators import PackedWeight
+
+
+def oracle(x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool) -> tuple[Tensor, Tensor]:
+    """Result and the sum of the magnitudes that were added up, float64 (M, N) each.
+
+    Integers are exact (float64 products of integers below 2**53); codes of the activations by the fixed float32
+    formula; everything else in float64.
+    """
+    total, magnitude, _ = _sums(x, weight, bias, per_token)
+    return total, magnitude
+
+
+def _sums(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Result, sum of magnitudes, and that sum where code products and zero points are added up apart."""
+    size, in_features = weight.group_size, weight.codes.shape[1]
+    values, centered = x.float().numpy(), weight.centered.double().numpy()
+    zero_points, scale = weight.zero_points.double().numpy(), weight.scale.double().numpy()
+    total = np.zeros((len(values), len(centered)))
+    magnitude, apart = np.zeros_like(total), np.zeros_like(total)
+    for g, start in enumerate(range(0, in_features, size)):
+        part = slice(start, min(start + size, in_features))
+        seen = values if per_token else values[:, part]
+        absmax = np.abs(seen).max(1, keepdims=True) if len(values) else np.ones((0, 1), np.float32)
+        codes = np.rint(values[:, part] * (np.float32(127) / absmax)).clip(-127, 127).astype(np.float64)
+        factor = (absmax / np.float32(127)).astype(np.float64) * scale[:, g]
+        dots = codes @ centered[:, part].T
+        correction = codes.sum(1, keepdims=True) * zero_points[:, g]
+        total, magnitude = total + dots * factor, magnitude + np.abs(dots * factor)
+        apart += (np.abs(dots + correction) + np.abs(correction)) * factor
+    if bias is not None:
+        offset = bias.double().numpy()
+        total, magnitude, apart = total + offset, magnitude + np.abs(offset), apart + np.abs(offset)
+    return torch.from_numpy(total), torch.from_numpy(magnitude), torch.from_numpy(apart)
+
+
+def assert_close(y: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool) -> None:
+    """The reference: three float32 roundings per group (two products, one sum), one for the bias, one to the dtype."""
+    expected, magnitude = oracle(x, weight, bias, per_token)
+    _check(y, expected, (3 * weight.scale.shape[1] + 1) * 2.0**-24 * magnitude)
+
+
+def assert_close_to_exact(
+    y: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool
+) -> None:
+    """Any kernel with exact integers and float32 sums, whatever the order of the sums.
+
+    It may add up code products and zero points apart: 2 G terms and a bias, so at most 2 G roundings of sums on the
+    way of a term, and at most three of products (scale, activation scale, zero point), then one to the dtype.
+    """
+    expected, _, magnitude = _sums(x, weight, bias, per_token)
+    _check(y, expected, (2 * weight.scale.shape[1] + 3) * 2.0**-24 * magnitude)
+
+
+def _check(y: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """|y - expected| within the bound, 1 % of it for products of roundings, and half a unit of y's last place."""
+    bound = 1.01 * bound + expected.abs() * torch.finfo(y.dtype).eps / 2 + torch.finfo(y.dtype).tiny
+    excess = (y.cpu().double() - expected).abs() / bound
+    assert y.shape == expected.shape
+    assert bool((excess <= 1).all()), f"{float(excess.max())} times the bound"
