@@ -55,6 +55,12 @@ def test_top_level_is_the_fixed_list() -> None:
     assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL
 
 
+def test_build_backend_is_in_the_clone_and_needs_no_torch() -> None:
+    system = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+    assert (ROOT / system["backend-path"][0] / f"{system['build-backend']}.py").is_file()
+    assert not [text for text in system["requires"] if Requirement(text).name == "torch"]
+
+
 def test_changelog_names_the_version() -> None:
     assert PROJECT["version"] in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
@@ -65,7 +71,12 @@ def test_wheel_holds_the_package_and_the_demo_model(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "torchmix", source / "torchmix", ignore=skip)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    (source / "csrc").mkdir()
+    for path in (ROOT / "csrc").glob("*.py"):  # the build backend; tests/csrc has what it compiles
+        shutil.copy(path, source / "csrc")
+    build = (
+        "import sys; sys.path.insert(0, 'csrc'); import build_backend; build_backend.build_wheel(sys.argv[1])"
+    )
     command = [sys.executable, "-c", build, str(tmp_path)]
     result = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -78,4 +89,4 @@ def test_wheel_holds_the_package_and_the_demo_model(tmp_path: Path) -> None:
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "torchmix").rglob("*.py")}
     assert modules <= names, f"not in the wheel: {sorted(modules - names)}"
     assert "torchmix/py.typed" in names
-    assert not [name for name in names if name.startswith("tests")]
+    assert not [name for name in names if name.startswith(("tests", "csrc"))]
