@@ -43,7 +43,15 @@ def test_library_serves_its_device_only() -> None:
     assert "no compiled kernels for cuda (found _C.so)" in str(KernelStatus(LIVE).reason("cuda"))
 
 
-def test_broken_library_is_recorded_and_warned_about(tmp_path: Path) -> None:
+@pytest.fixture(params=[None, "13.0"], ids=["torch without CUDA", "torch with CUDA"])
+def cuda_version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """What torch says it is built for."""
+    monkeypatch.setattr(torch.version, "cuda", request.param)
+    return request.param
+
+
+def test_broken_library_is_recorded_and_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     (tmp_path / "_C.so").write_bytes(b"not a shared library")
     (tmp_path / "_C_cuda.so").write_bytes(b"nor is this")
     (tmp_path / "other.so").write_bytes(b"not ours")
@@ -58,7 +66,33 @@ def test_broken_library_is_recorded_and_warned_about(tmp_path: Path) -> None:
     assert "PyTorch reference" in reason
 
 
+def test_cuda_library_is_left_alone_where_torch_has_no_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (tmp_path / "_C_cuda.so").write_bytes(b"needs symbols that this torch does not have")
+    status = KernelStatus(_extension._load_libraries(tmp_path))
+    assert not recwarn.list
+    reason = f"compiled kernels for cuda are not loaded (_C_cuda.so: torch {torch.__version__} is built without CUDA)"
+    assert str(status.reason("cuda")).startswith(reason)
+    assert "no compiled kernels for cpu (found _C_cuda.so)" in str(status.reason("cpu"))
+
+
+def test_notes_of_the_build_say_why_kernels_are_missing(tmp_path: Path) -> None:
+    assert _extension._read_notes(tmp_path) == {}
+    path = tmp_path / "_build_notes.json"
+    path.write_text('{"cuda": "nvcc was not found"}')
+    notes = _extension._read_notes(tmp_path)
+    reason = str(KernelStatus((), notes=notes).reason("cuda"))
+    assert "kernels for cuda were not compiled on installation (nvcc was not found)" in reason
+    assert KernelStatus((KernelLibrary(Path("_C_cuda.so"), "cuda"),), notes=notes).reason("cuda") is None
+    for text in ("{", "[]"):
+        path.write_text(text)
+        assert _extension._read_notes(tmp_path) == {}
+
+
 def test_good_library_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     loaded: list[str] = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     for name in ("_C_cuda.abi3.so", "_C.abi3.so"):
@@ -154,20 +188,42 @@ def test_kernels_are_optional_by_default(value: str) -> None:
     _extension._check_required((), value)
 
 
+def test_required_kernels_are_those_torch_is_built_for(cuda_version: str | None) -> None:
+    live = KernelLibrary(Path("_C_cuda.so"), "cuda")
+    if cuda_version is None:
+        _extension._check_required(
+            (*LIVE, KernelLibrary(Path("_C_cuda.so"), "cuda", "built without CUDA")), "1"
+        )
+        with pytest.raises(ImportError, match="no compiled kernels for cpu"):
+            _extension._check_required((live,), "1")
+    else:
+        _extension._check_required((live,), "1")
+        with pytest.raises(ImportError, match=r"not compiled on installation \(no nvcc\)"):
+            _extension._check_required(LIVE, "1", {"cuda": "no nvcc"})
+        broken = (*LIVE, KernelLibrary(Path("_C_cuda.so"), "cuda", "OSError: no such symbol"))
+        with pytest.raises(ImportError, match=r"_C_cuda\.so: OSError: no such symbol"):
+            _extension._check_required(broken, "1")
+
+
+@pytest.mark.usefixtures("cuda_version")
 def test_required_kernels_must_all_be_live() -> None:
-    _extension._check_required(LIVE, "1")
-    broken = (*LIVE, KernelLibrary(Path("_C_cuda.so"), "cuda", "OSError: no such symbol"))
-    with pytest.raises(ImportError, match=r"_C_cuda\.so: OSError: no such symbol"):
-        _extension._check_required(broken, "1")
+    with pytest.raises(ImportError, match=r"_C\.so: OSError"):
+        _extension._check_required((KernelLibrary(Path("_C.so"), "cpu", "OSError: no libgomp"),), "1")
     with pytest.raises(ImportError, match="'yes' is not understood"):
         _extension._check_required(LIVE, "yes")
 
 
 def test_require_variable_fails_the_import_of_a_build_without_kernels() -> None:
-    if kernel_status().libraries:
-        pytest.skip("this build has kernels")
+    if not _missing_kernels():
+        pytest.skip("this build has the kernels its torch is for")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHMIX_REQUIRE_KERNELS": "1"}
     command = [sys.executable, "-c", "import torchmix._extension"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode != 0
-    assert "ImportError: TORCHMIX_REQUIRE_KERNELS=1, but this build has no compiled kernels" in result.stderr
+    assert "ImportError: TORCHMIX_REQUIRE_KERNELS=1, but " in result.stderr
+    assert _missing_kernels() in result.stderr
+
+
+def _missing_kernels() -> str:
+    """Why there are no kernels for what torch is built for, "" where there are."""
+    return kernel_status().reason("cuda" if torch.version.cuda else "cpu") or ""

@@ -3,17 +3,19 @@
 A build with kernels leaves shared libraries named ``_C*.so`` next to this file: ``_C.so`` for the CPU and
 ``_C_cuda.so`` for CUDA. They are loaded when this module is first imported, before any op is defined in
 Python, because a library may define the schemas itself. A build without kernels is complete: every op
-then runs on its PyTorch reference. ``TORCHMIX_REQUIRE_KERNELS=1`` turns that into an ImportError.
+then runs on its PyTorch reference, and ``_build_notes.json`` says why kernels were not compiled.
+``TORCHMIX_REQUIRE_KERNELS=1`` turns their absence into an ImportError.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ _FALLBACK = "ops run on the PyTorch reference"
 class KernelLibrary:
     """One compiled library found next to the package.
 
-    path: the file. device_type: "cpu" or "cuda". error: why it could not be loaded, None where it is live.
+    path: the file. device_type: "cpu" or "cuda". error: why it is not loaded, None where it is live.
     """
 
     path: Path
@@ -42,10 +44,12 @@ class KernelStatus:
     """Which kernels are live, and why the others are not.
 
     libraries: every library found, in loading order. disabled: True inside ``disable_kernels()``.
+    notes: device type -> why its kernels were not compiled when torchmix was installed.
     """
 
     libraries: tuple[KernelLibrary, ...]
     disabled: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def reason(self, device_type: str) -> str | None:
         """Why no kernel serves ``device_type`` ("cpu", "cuda"), in one sentence; None where one does."""
@@ -54,7 +58,10 @@ class KernelStatus:
             f"{library.path.name}: {library.error}" for library in matching if library.error is not None
         ]
         if errors:
-            return f"compiled kernels for {device_type} failed to load ({'; '.join(errors)}); {_FALLBACK}"
+            return f"compiled kernels for {device_type} are not loaded ({'; '.join(errors)}); {_FALLBACK}"
+        if not matching and device_type in self.notes:
+            note = self.notes[device_type]
+            return f"kernels for {device_type} were not compiled on installation ({note}); {_FALLBACK}"
         if not self.libraries:
             return f"this build has no compiled kernels; {_FALLBACK}"
         if not matching:
@@ -75,7 +82,7 @@ def kernels_available(device_type: str) -> bool:
 
 def kernel_status() -> KernelStatus:
     """The libraries found when torchmix was imported, and whether the caller has switched them off."""
-    return KernelStatus(_LIBRARIES, disabled=_DISABLED.get())
+    return KernelStatus(_LIBRARIES, disabled=_DISABLED.get(), notes=_NOTES)
 
 
 @contextmanager
@@ -125,6 +132,10 @@ def _load_libraries(directory: Path) -> tuple[KernelLibrary, ...]:
 
 def _load_library(path: Path) -> KernelLibrary:
     device_type = "cuda" if path.name.startswith("_C_cuda") else "cpu"
+    if (
+        device_type == "cuda" and torch.version.cuda is None
+    ):  # nothing is amiss: no tensor could ever reach it
+        return KernelLibrary(path, device_type, f"torch {torch.__version__} is built without CUDA")
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
@@ -136,16 +147,32 @@ def _load_library(path: Path) -> KernelLibrary:
     return KernelLibrary(path, device_type)
 
 
-def _check_required(libraries: tuple[KernelLibrary, ...], required: str) -> None:
-    """Raise ImportError where ``required``, the variable's value, is "1" and a kernel is missing."""
+def _read_notes(directory: Path) -> dict[str, str]:
+    """What the build left in ``_build_notes.json``: device type -> why no kernels; {} where it left nothing."""
+    try:
+        notes = json.loads((directory / "_build_notes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def _check_required(
+    libraries: tuple[KernelLibrary, ...], required: str, notes: Mapping[str, str] | None = None
+) -> None:
+    """Raise ImportError where ``required``, the variable's value, is "1" and a kernel is missing.
+
+    Needed are kernels for what torch is built for, CUDA or the CPU alone, and every library found for it.
+    """
     if required in ("", "0"):
         return
     if required != "1":
         raise ImportError(
             f"{_REQUIRE_VARIABLE}={required!r} is not understood; set it to 1, or to 0 or nothing"
         )
-    status = KernelStatus(libraries)
-    device_types = {"cpu"} | {library.device_type for library in libraries}
+    status = KernelStatus(libraries, notes=notes or {})
+    cuda = torch.version.cuda is not None
+    found = {library.device_type for library in libraries if cuda or library.device_type != "cuda"}
+    device_types = {"cuda" if cuda else "cpu"} | found
     reasons = [reason for device_type in sorted(device_types) if (reason := status.reason(device_type))]
     if reasons:
         raise ImportError(
@@ -155,5 +182,6 @@ def _check_required(libraries: tuple[KernelLibrary, ...], required: str) -> None
 
 
 _DISABLED: ContextVar[bool] = ContextVar("torchmix_kernels_disabled", default=False)
+_NOTES = _read_notes(Path(__file__).parent)
 _LIBRARIES = _load_libraries(Path(__file__).parent)
-_check_required(_LIBRARIES, os.environ.get(_REQUIRE_VARIABLE, ""))
+_check_required(_LIBRARIES, os.environ.get(_REQUIRE_VARIABLE, ""), _NOTES)
