@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -43,7 +41,7 @@ from kernel_results import (
     OURS_WITH_ACTIVATION,
     Cell,
     activation_table,
-    git_commit,
+    conditions,
     read_floor_us,
     shape_table,
     stored_cells,
@@ -170,14 +168,8 @@ class Bench:
         """The CSV, where one was asked for."""
         if self.options.csv is None or not self.cells:
             return
-        cuda = self.options.device == "cuda"
-        conditions = {
-            "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
-            "torch": torch.__version__,
-            "commit": self.options.commit or os.environ.get("TORCHMIX_COMMIT") or git_commit(),
-            "repeats": str(self.options.repeats),
-        }
-        write_cells(self.cells, self.options.csv, conditions)
+        of_run = conditions(self.options.device, self.options.commit)
+        write_cells(self.cells, self.options.csv, {**of_run, "repeats": str(self.options.repeats)})
 
     def _keep(self, cells: Sequence[Cell]) -> None:
         self.cells += cells

@@ -6,11 +6,15 @@ Shapes: M tokens, N out_features, K in_features.
 from __future__ import annotations
 
 import csv
+import os
+import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+
+import torch
 
 STORED = Path(__file__).with_name("stored_times.csv")
 BASELINE = "bf16"
@@ -130,15 +134,18 @@ def write_cells(cells: Sequence[Cell], path: Path, conditions: dict[str, str]) -
         conditions: the same for all rows: device, versions, commit.
     """
     derived = ("gbps", "tflops", "share_of_limit")
-    names = [*(field.name for field in fields(Cell)), *derived, *conditions]
+    names = [*(field.name for field in fields(Cell)), *derived]
+    write_rows([{**{name: getattr(cell, name) for name in names}, **conditions} for cell in cells], path)
+
+
+def write_rows(rows: Sequence[dict[str, object]], path: Path) -> None:
+    """Write a table as CSV, under a temporary name first. The first row has all columns; None is left empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        for cell in cells:
-            values = {**asdict(cell), **{name: getattr(cell, name) for name in derived}}
-            writer.writerow({**{key: _text(value) for key, value in values.items()}, **conditions})
+        writer.writerows({key: _text(value) for key, value in row.items()} for row in rows)
     temporary.replace(path)
 
 
@@ -178,6 +185,20 @@ def activation_table(cells: Sequence[Cell]) -> str:
 def _peer_of(cells: Sequence[Cell | None]) -> str:
     """Peer of a line of the table."""
     return next((cell.peer for cell in cells if cell is not None), "")
+
+
+def conditions(device: str, commit: str | None) -> dict[str, str]:
+    """What every row of a CSV says of the run: device, PyTorch, and the version of the code.
+
+    Args:
+        device: "cuda" or "cpu".
+        commit: version; by default TORCHMIX_COMMIT, or what is checked out.
+    """
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+        "torch": torch.__version__,
+        "commit": commit or os.environ.get("TORCHMIX_COMMIT") or git_commit(),
+    }
 
 
 def git_commit() -> str:

@@ -49,7 +49,7 @@ class GraphTimer:
     def __init__(self, launch: Launch, count: int, keep: int = 1) -> None:
         self.count = count
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._graph, self.output = _capture(launch, count, keep)
+        self._graph, self.output = capture(launch, count, keep)
 
     def enqueue(self) -> None:
         """Replay the graph between two events."""
@@ -142,7 +142,7 @@ def warm_up(seconds: float = 0.5) -> None:
         torch.cuda.synchronize()
 
 
-def _capture(launch: Launch, count: int, keep: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+def capture(launch: Launch, count: int, keep: int) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Capture on the current stream. ``torch.cuda.graph`` would empty the allocator's cache each time."""
     graph, outputs = torch.cuda.CUDAGraph(), deque(maxlen=keep)
     graph.capture_begin(capture_error_mode="thread_local")

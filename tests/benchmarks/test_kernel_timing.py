@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from kernel_timing import (
     GRAPH_SECONDS,
     MOST_LAUNCHES,
     REUSE_BYTES,
+    GraphTimer,
     HostTimer,
     interleave,
     microseconds,
@@ -73,3 +75,60 @@ def test_host_timer_calls_every_launch() -> None:
     assert calls == [0, 0, 1, 2]
     assert timer.output == 2
     assert len(timer.seconds()) == 1
+
+
+class FakeGraph:
+    """Stands for ``torch.cuda.CUDAGraph``; notes what is done with it."""
+
+    calls: list[str] = []
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        self.calls.append("begin")
+
+    def capture_end(self) -> None:
+        self.calls.append("end")
+
+    def replay(self) -> None:
+        self.calls.append("replay")
+
+
+class FakeEvent:
+    """Stands for ``torch.cuda.Event``: two milliseconds between any two."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeGraph.calls.append("event")
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 2.0
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    FakeGraph.calls = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: FakeGraph.calls.append("wait"))
+    return FakeGraph.calls
+
+
+def test_graph_timer_divides_by_its_launches(fake_cuda: list[str]) -> None:
+    launched: list[int] = []
+    timer = GraphTimer(lambda number: launched.append(number) or number, count=4, keep=2)
+    assert launched == [0, 1, 2, 3]
+    assert timer.output == 3
+    timer.enqueue()
+    timer.enqueue()
+    assert timer.seconds() == pytest.approx([0.5e-3, 0.5e-3])
+    assert fake_cuda == ["begin", "end", *("event", "replay", "event") * 2, "wait"]
+
+
+def test_a_failure_ends_the_capture(fake_cuda: list[str]) -> None:
+    def broken(number: int) -> None:
+        raise ValueError("not on this device")
+
+    with pytest.raises(ValueError, match="not on this device"):
+        GraphTimer(broken, count=2)
+    assert fake_cuda == ["begin", "end"]
