@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("tensor", "evaluation", "capture"),
     ("rounding", "salience", "allocation", "transforms"),
-    ("selection",),
+    ("selection", "repacking"),
     ("scoring", "sequential", "layer_quantization", "calibration"),
     ("config", "checkpoint_format", "model_card", "hub"),
     ("workflow", "data", "huggingface", "checkpoint_files"),

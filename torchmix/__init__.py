@@ -2,18 +2,19 @@
 
 The map of the package, lowest layer first:
 
-``packing``, ``primitives``, ``accounting``
-    bytes of packed codes, the quantization grid, stored bits
+``packing``, ``tiles``, ``primitives``, ``accounting``
+    bytes of packed codes, on disk and for GPU kernels, the quantization grid, stored bits
 ``ops``
     registered operators with readable references: ``torch.ops.torchmix.*``
 ``tensor``
-    ``MixedPrecisionTensor``, the weight whose rows have different widths
+    ``MixedPrecisionTensor``, the weight whose rows have different widths; ``TiledTensor``, the same for GPU kernels
 ``capture``, ``evaluation``
     what flows through linear layers; perplexity and KL divergence
 ``rounding``, ``salience``, ``allocation``, ``transforms``
     GPTQ, refit and refinement; what a row's error costs; which row gets how many bits; exact rewrites of a model
-``selection``, ``scoring``, ``sequential``, ``calibration``, ``config``, ``checkpoint``
-    which weights; scores of all rows; rounding in sequence; what was measured; ``quantize_``; files
+``selection``, ``repacking``, ``scoring``, ``sequential``, ``calibration``, ``config``, ``checkpoint``
+    which weights; the order that GPU kernels read; scores of all rows; rounding in sequence; what was measured;
+    ``quantize_``; files
 ``workflow``, ``data``, ``huggingface``, ``tuning``
     ``calibrate``; tokens from texts, chats and data sets; transformers; training on top
 ``tuning``
@@ -44,6 +45,7 @@ if not _is_command():
     from torchmix.evaluation import Evaluation, evaluate
     from torchmix.huggingface import is_available as _transformers_is_available
     from torchmix.huggingface import register as _register_with_transformers
+    from torchmix.repacking import RepackReport, repack, to_plain
     from torchmix.tensor import MixedPrecisionTensor, compile_blocks
     from torchmix.tuning import tune
     from torchmix.workflow import calibrate
@@ -57,6 +59,7 @@ __all__ = [
     "Evaluation",
     "MixLLMConfig",
     "MixedPrecisionTensor",
+    "RepackReport",
     "calibrate",
     "compile_blocks",
     "evaluate",
@@ -64,6 +67,8 @@ __all__ = [
     "load_pretrained",
     "mixllm_config",
     "planned_checkpoint_bytes",
+    "repack",
     "save_pretrained",
+    "to_plain",
     "tune",
 ]

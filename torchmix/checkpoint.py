@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torchmix.checkpoint_files import (
     write_shards,
 )
 from torchmix.checkpoint_format import (
+    PARTS,
     CheckpointConfig,
     LayerFormat,
     TensorSpec,
@@ -41,8 +42,9 @@ from torchmix.checkpoint_inspection import CheckpointInfo, inspect_checkpoint
 from torchmix.checkpoint_loading import load_into
 from torchmix.huggingface import is_available, is_transformers_config, load_model, model_directory
 from torchmix.model_card import model_card
+from torchmix.repacking import repack
 from torchmix.selection import linear_weights
-from torchmix.tensor import MixedPrecisionTensor
+from torchmix.tensor import PackedTensor
 from torchmix.tensor.mixed_precision_tensor import WEIGHT_DTYPES
 
 PLAN_NAME = "torchmix_plan.json"
@@ -103,7 +105,7 @@ def save_pretrained(
     num_bytes = sum(file_bytes(tensors) for tensors in shards.values())
     with completed_directory(target, overwrite, num_bytes) as temporary:
         copy_other_files(_source_directory(model, source), temporary)
-        digests = write_shards(_all_tensors(model), shards, temporary)
+        digests = write_shards(_StoredTensors(model), shards, temporary)
         write_index(shards, digests, temporary)
         _write_config(model, config, temporary)
         if plan is not None:
@@ -124,6 +126,8 @@ def load_pretrained(
     verify: bool = False,
 ) -> nn.Module:
     """Load a checkpoint that :func:`save_pretrained` wrote.
+
+    On a GPU with compiled kernels the quantized weights are repacked for these (:func:`torchmix.repack`).
 
     Args:
         directory: the checkpoint.
@@ -146,7 +150,9 @@ def load_pretrained(
         )
     config = inspect_checkpoint(path, verify=verify).config
     if model is not None:
-        return load_into(model, path, config, torch.device(device), dtype)
+        model = load_into(model, path, config, torch.device(device), dtype)
+        repack(model)
+        return model
     if not is_transformers_config(read_json(path / "config.json")):
         raise ValueError(
             f"{path}: this checkpoint is not of a transformers model, so the module cannot be rebuilt from its "
@@ -157,7 +163,7 @@ def load_pretrained(
 
 def _describe(model: nn.Module, plan: BitPlan | None) -> CheckpointConfig:
     """The ``quantization_config`` of a model that holds quantized weights."""
-    quantized = {name: t for name, t in stored_tensors(model) if isinstance(t, MixedPrecisionTensor)}
+    quantized = {name: t for name, t in stored_tensors(model) if isinstance(t, PackedTensor)}
     if not quantized:
         raise ValueError(
             f"{type(model).__name__} holds no quantized weight; call quantize_(model, mixllm_config(...)) first"
@@ -233,21 +239,40 @@ def _check_names(specs: list[TensorSpec]) -> None:
 
 def _check_values(model: nn.Module) -> None:
     """Refuse tensors without values, as on the meta device or offloaded to disk."""
-    for name, tensor in _all_tensors(model).items():
+    for name, tensor in stored_tensors(model):
         if tensor.device.type == "meta":
             raise ValueError(
                 f"{name} is on the meta device and has no values to store; load the weights first"
             )
 
 
-def _all_tensors(model: nn.Module) -> Mapping[str, Tensor]:
-    """All stored tensors by name, quantized ones as their parts."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in stored_tensors(model):
-        tensors |= (
-            quantized_tensors(name, tensor) if isinstance(tensor, MixedPrecisionTensor) else {name: tensor}
-        )
-    return tensors
+class _StoredTensors(Mapping[str, Tensor]):
+    """All stored tensors by name, quantized ones as their parts.
+
+    Tiled weights are unpacked when a part is asked for, and one at a time: on a GPU there may be no room for all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners: dict[str, tuple[str, Tensor]] = {}
+        self._latest: tuple[str, dict[str, Tensor]] = ("", {})
+        for name, tensor in stored_tensors(model):
+            packed = isinstance(tensor, PackedTensor)
+            names = [name + suffix for suffix in PARTS.values()] if packed else [name]
+            self._owners |= dict.fromkeys(names, (name, tensor))
+
+    def __getitem__(self, name: str) -> Tensor:
+        owner, tensor = self._owners[name]
+        if not isinstance(tensor, PackedTensor):
+            return tensor
+        if self._latest[0] != owner:
+            self._latest = (owner, quantized_tensors(owner, tensor))
+        return self._latest[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
 
 
 def _source_directory(model: nn.Module, source: str | os.PathLike[str] | None) -> Path | None:
@@ -265,7 +290,7 @@ def _source_directory(model: nn.Module, source: str | os.PathLike[str] | None) -
 def _write_config(model: nn.Module, config: CheckpointConfig, directory: Path) -> None:
     """config.json: the model's own configuration, if it has one, and the quantization."""
     own: Any = getattr(model, "config", None)
-    first = next(tensor for _, tensor in stored_tensors(model) if isinstance(tensor, MixedPrecisionTensor))
+    first = next(tensor for _, tensor in stored_tensors(model) if isinstance(tensor, PackedTensor))
     data: dict[str, Any] = {"dtype": str(first.dtype).removeprefix("torch.")}
     if hasattr(own, "to_json_string"):
         data = {**json.loads(own.to_json_string()), **data, "architectures": [type(model).__name__]}

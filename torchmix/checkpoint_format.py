@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchmix.accounting import check_group_size
 from torchmix.allocation import BitPlan
 from torchmix.packing import packed_sizes
-from torchmix.tensor import MixedPrecisionTensor
+from torchmix.tensor import MixedPrecisionTensor, PackedTensor
 from torchmix.tensor.mixed_precision_tensor import WEIGHT_DTYPES
 
 FORMAT_VERSION = 1
@@ -230,9 +230,10 @@ def quantized_specs(name: str, row_bits: Tensor, in_features: int, group_size: i
     ]
 
 
-def quantized_tensors(name: str, weight: MixedPrecisionTensor) -> dict[str, Tensor]:
-    """The four stored tensors of a quantized parameter, by name."""
-    return {name + suffix: getattr(weight, part) for part, suffix in PARTS.items()}
+def quantized_tensors(name: str, weight: PackedTensor) -> dict[str, Tensor]:
+    """The four stored tensors of a quantized parameter, by name; a tiled one is unpacked into new memory."""
+    plain = weight.to_plain()
+    return {name + suffix: getattr(plain, part) for part, suffix in PARTS.items()}
 
 
 def tensor_from_parts(
@@ -303,7 +304,7 @@ def model_specs(model: nn.Module, plan: BitPlan | None = None) -> list[TensorSpe
             )
     specs: list[TensorSpec] = []
     for name, tensor in tensors.items():
-        if isinstance(tensor, MixedPrecisionTensor):
+        if isinstance(tensor, PackedTensor):
             specs += quantized_specs(name, tensor.row_bits, tensor.in_features, tensor.group_size)
         elif plan is not None and name in planned:
             specs += quantized_specs(name, planned[name].row_bits, planned[name].in_features, plan.group_size)

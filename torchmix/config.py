@@ -31,7 +31,7 @@ from torchmix.rounding import DEFAULT_REFINE, DEFAULT_REFIT, ROUNDING_METHODS, R
 from torchmix.scoring import data_free_scores
 from torchmix.selection import MIN_IN_FEATURES, Target, check_target, select_parameters, weight_fingerprint
 from torchmix.sequential import SequentialRounding
-from torchmix.tensor import MixedPrecisionTensor
+from torchmix.tensor import PackedTensor
 from torchmix.tensor.module_repr import show_quantized_weights
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def _quantize_module(module: nn.Module, config: MixLLMConfig, *, parameter_name:
     if not isinstance(weight, nn.Parameter) or weight.dim() not in (2, 3):
         return module
     done = config._done.get(id(weight))
-    if isinstance(weight, MixedPrecisionTensor):
+    if isinstance(weight, PackedTensor):
         if any(weight is parameter for _, parameter in config._done.values()):
             return module
         raise TypeError(f"{module} is already quantized ({weight}); start from the original model")

@@ -17,7 +17,7 @@ from torchmix.capture import NotReplayableError
 from torchmix.rounding import RoundedWeight
 from torchmix.selection import select_parameters, weight_fingerprint
 from torchmix.sequential import Progress, SequentialRounding, round_sequentially
-from torchmix.tensor import MixedPrecisionTensor
+from torchmix.tensor import PackedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def original_model(
     parameters = dict(model.named_parameters())
     for name, layer in plan.layers.items() if plan is not None else ():
         weight = parameters.get(name)
-        if weight is None or isinstance(weight, MixedPrecisionTensor):
+        if weight is None or isinstance(weight, PackedTensor):
             return None, f"{name} of the model is {'missing' if weight is None else 'quantized already'}"
         if weight_fingerprint(weight) != layer.fingerprint:
             return None, f"{name} of the model has other weights than those that were measured"

@@ -19,6 +19,7 @@ from torch import nn
 
 from torchmix.checkpoint_format import QUANT_METHOD
 from torchmix.hub import why_unreachable
+from torchmix.repacking import repack
 
 logger = logging.getLogger(__name__)
 MIN_TRANSFORMERS = "5.23"
@@ -42,6 +43,8 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> nn.Module:
     """Load a causal language model, original or quantized by torchmix, in evaluation mode.
+
+    On a GPU with compiled kernels quantized weights are repacked for these.
 
     Args:
         name_or_directory: local directory, or id on the hub.
@@ -80,7 +83,9 @@ def load_model(
             f"{name_or_directory}: {missing[:3]} ({len(missing)} in all) are not in the files, and "
             f"{type(model).__name__} would run with random values for them; get the checkpoint again"
         )
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    repack(model)
+    return model
 
 
 def load_tokenizer(name_or_directory: str | os.PathLike[str]) -> Any:

@@ -19,7 +19,8 @@ from torchmix.checkpoint_format import (
     stored_tensors,
     tensor_from_parts,
 )
-from torchmix.tensor import MixedPrecisionTensor
+from torchmix.repacking import repack
+from torchmix.tensor import MixedPrecisionTensor, PackedTensor
 from torchmix.tensor.mixed_precision_tensor import WEIGHT_DTYPES
 from torchmix.tensor.module_repr import show_quantized_weights
 
@@ -139,6 +140,7 @@ class TorchmixHfQuantizer(HfQuantizer):
                 )
             show_quantized_weights(model.get_submodule(name.rpartition(".")[0]))
         model._weight_conversions = []  # saving keeps the names, too
+        repack(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -150,9 +152,13 @@ class TorchmixHfQuantizer(HfQuantizer):
         state: dict[str, Tensor] = {}
         quantized = set()
         for name, tensor in stored_tensors(model):
-            if isinstance(tensor, MixedPrecisionTensor):
+            if isinstance(tensor, PackedTensor):
                 quantized.add(name)
-                state |= quantized_tensors(name, tensor)
+                parts = quantized_tensors(name, tensor)
+                plain = isinstance(
+                    tensor, MixedPrecisionTensor
+                )  # others are unpacked: not all of them on a GPU
+                state |= parts if plain else {part: value.cpu() for part, value in parts.items()}
             else:
                 state[name] = tensor.detach()
         changed = quantized.symmetric_difference(self.quantization_config.checkpoint.layers)

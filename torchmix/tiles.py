@@ -155,7 +155,7 @@ def unpack_tiles(
     """
     widths = tile_table[:, 1].tolist()
     _check_tiles(tiles, row_index, widths, out_features, in_features)
-    row_bits = _row_bits(row_index, tile_table, out_features)
+    row_bits = tile_row_bits(row_index, tile_table, out_features)
     groups = -(-in_features // GROUP_SIZE)
     codes_length, zeros_length = packed_sizes(row_bits, in_features, GROUP_SIZE)
     qdata, zero_point = tiles.new_empty(codes_length), tiles.new_empty(zeros_length)
@@ -172,6 +172,15 @@ def unpack_tiles(
             length = (groups * chunk.bits + 7) // 8
             _write(zero_point, zero_offsets[rows], pack_codes(zeros, chunk.bits)[:, :length])
     return qdata, scale, zero_point, row_bits
+
+
+def tile_row_bits(row_index: Tensor, tile_table: Tensor, out_features: int) -> Tensor:
+    """Width of each original row: uint8 (N,); the tiles themselves are not read."""
+    real = row_index >= 0
+    widths = tile_table[:, 1].to(torch.uint8).repeat_interleave(TILE_ROWS)
+    row_bits = widths.new_zeros(out_features)
+    row_bits[row_index[real].long()] = widths[real]
+    return row_bits
 
 
 def _tile_rows(row_bits: Tensor) -> tuple[Tensor, list[int]]:
@@ -295,15 +304,6 @@ def _unpack_pairs(values: Tensor, groups: int) -> Tensor:
     """Inverse of :func:`_pack_pairs`."""
     parts = values.reshape(-1, groups, WARPS, 8, 2)  # tile, group, w, i, r
     return parts.permute(0, 2, 4, 3, 1).reshape(-1, groups)
-
-
-def _row_bits(row_index: Tensor, tile_table: Tensor, out_features: int) -> Tensor:
-    """Width of each original row: uint8 (N,)."""
-    real = row_index >= 0
-    widths = tile_table[:, 1].to(torch.uint8).repeat_interleave(TILE_ROWS)
-    row_bits = widths.new_zeros(out_features)
-    row_bits[row_index[real].long()] = widths[real]
-    return row_bits
 
 
 def _check_tiles(

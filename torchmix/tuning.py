@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmix.evaluation import kl_divergence, model_logits
-from torchmix.tensor import MixedPrecisionTensor
+from torchmix.tensor import PackedTensor, TiledTensor
 from torchmix.tuning_student import Student, quantized_weights
 from torchmix.workflow import token_sample
 from torchmix.workflow_whole_model import calibration_mode
@@ -94,7 +94,7 @@ def tune(
     the model's dtype is float32 (:func:`tuning_bytes`); and the activations of one batch.
 
     Args:
-        model: causal language model, called as ``model(input_ids)``, with quantized weights, not compiled.
+        model: causal language model, called as ``model(input_ids)``, with quantized weights, not compiled or repacked.
         original: the model before quantization, for example a ``copy.deepcopy`` made then.
         data: token ids int64 (S, L) such as ``Calibration.samples``, all of which are used, or anything else that
             :func:`torchmix.data.token_batches` takes.
@@ -107,8 +107,8 @@ def tune(
         progress: called as ``progress(steps_done, steps)``.
 
     Raises:
-        ValueError: nothing quantized, models that do not belong together or are compiled, fewer than two samples,
-            unusable options, or a KL divergence that is not finite.
+        ValueError: nothing quantized, models that do not belong together, are compiled or repacked, fewer than two
+            samples, unusable options, or a KL divergence that is not finite.
         TypeError: data of a kind that cannot be read, or an original that is quantized itself.
     """
     started = time.perf_counter()
@@ -159,13 +159,17 @@ def _check_models(model: nn.Module, original: nn.Module) -> None:
             raise ValueError(
                 f"{which} is compiled, which hides its layers from tuning; tune first, then compile"
             )
+    if any(isinstance(parameter, TiledTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "model is repacked for GPU kernels; call torchmix.to_plain(model), tune, then torchmix.repack(model)"
+        )
     quantized = quantized_weights(model)
     if not quantized:
         raise ValueError(f"{type(model).__name__} has no quantized weights to tune; run quantize_ first")
     parameters = dict(original.named_parameters(remove_duplicate=False))
     for name, weight in quantized.items():
         dense = parameters.get(name)
-        if isinstance(dense, MixedPrecisionTensor):
+        if isinstance(dense, PackedTensor):
             raise TypeError(
                 f"{name} of the original is quantized itself; pass the model as it was before quantize_"
             )

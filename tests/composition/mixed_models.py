@@ -15,21 +15,24 @@ from torchmix.tensor import MixedPrecisionTensor
 WIDTHS = (3, 4, 5, 6, 8)
 
 
-def quantize_linears(module: nn.Module, seed: int = 0, widths: tuple[int, ...] = WIDTHS) -> nn.Module:
+def quantize_linears(
+    module: nn.Module, seed: int = 0, widths: tuple[int, ...] = WIDTHS, group_size: int = 64
+) -> nn.Module:
     """Replace the weights of all linear layers, except those named ``lora_*``; the mix depends on ``seed``."""
     for number, (name, layer) in enumerate(module.named_modules()):
         if isinstance(layer, nn.Linear) and "lora" not in name:
-            layer.weight = quantized(layer.weight, seed + number, widths)
+            layer.weight = quantized(layer.weight, seed + number, widths, group_size)
     return module
 
 
-def quantized(weight: Tensor, seed: int = 0, widths: tuple[int, ...] = WIDTHS) -> nn.Parameter:
+def quantized(
+    weight: Tensor, seed: int = 0, widths: tuple[int, ...] = WIDTHS, group_size: int = 64
+) -> nn.Parameter:
     """A frozen quantized parameter; each row draws its width, so another seed gives other row counts per width."""
     choices = torch.tensor(widths, dtype=torch.uint8)
     draws = torch.randint(len(widths), weight.shape[:-1], generator=torch.Generator().manual_seed(seed))
-    return nn.Parameter(
-        MixedPrecisionTensor.from_hp(weight.detach(), choices[draws], 64), requires_grad=False
-    )
+    packed = MixedPrecisionTensor.from_hp(weight.detach(), choices[draws], group_size)
+    return nn.Parameter(packed, requires_grad=False)
 
 
 def expert_weight(experts: int = 4, out_features: int = 24, in_features: int = 192) -> MixedPrecisionTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.composition.mixed_models import GraphCounter, ReluBlock, quantize_linears
+from torchmix.repacking import repack
 from torchmix.tensor import compile_blocks
 
 BLOCKS = 12  # above PyTorch's limit of 8 recompilations
@@ -92,6 +94,27 @@ def test_one_graph_with_inductor() -> None:
         for tokens in (5, 3):
             x = torch.randn(tokens, 128)
             assert torch.equal(blocks(x), eager(blocks, x))
+    assert counter.count == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_graph_for_repacked_blocks(backend: str) -> None:
+    """Tiles have other lengths in every block, too; in one block all rows fit a single tile."""
+    blocks, counter = nn.Sequential(), GraphCounter(backend)
+    for number in range(BLOCKS):
+        widths = {1: (8,), 2: (3, 3, 3, 4)}.get(number, (3, 4, 5, 6, 8)[: number % 4 + 2])
+        blocks.append(quantize_linears(ReluBlock(), 100 * number, widths, group_size=128))
+    plain = copy.deepcopy(blocks)
+    assert len(repack(blocks, force=True).repacked) == 2 * BLOCKS
+    assert len({block.up.weight.tiles.numel() for block in blocks}) >= 6, (
+        "the blocks of this test must differ"
+    )
+    assert len({block.up.weight.row_index.numel() for block in blocks}) >= 3
+    compile_blocks(blocks, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for tokens in (5, 3, 17):
+            x = torch.randn(tokens, 128)
+            assert torch.equal(blocks(x), eager(plain, x))
     assert counter.count == 1
 
 

@@ -10,25 +10,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from torchmix.tensor.mixed_precision_tensor import WEIGHT_DTYPES, MixedPrecisionTensor
+from torchmix.tensor.packed_tensor import PackedTensor
+from torchmix.tensor.tiled_tensor import TiledTensor, implements, implements_torch_function
 
 aten = torch.ops.aten
-implements = MixedPrecisionTensor.implements
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-# The dtype is how the model sees the weight, not what is stored; a copy may differ in it.
-STORED_ATTRIBUTES = [name for name in MixedPrecisionTensor.tensor_attribute_names if name != "dtype"]
 
 
-def _inner(weight: MixedPrecisionTensor) -> dict[str, Tensor]:
+def _inner(weight: PackedTensor) -> dict[str, Tensor]:
     """Inner tensors by name."""
-    return {name: getattr(weight, name) for name in MixedPrecisionTensor.tensor_data_names}
+    return {name: getattr(weight, name) for name in weight.tensor_data_names}
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def _check_dtype(weight: PackedTensor, dtype: torch.dtype) -> None:
     """Raise for a dtype that the weight cannot be seen in."""
     if dtype not in WEIGHT_DTYPES:
         raise TypeError(
-            f"a MixedPrecisionTensor cannot become {dtype}: layers compute in the dtype of their input, "
+            f"a {type(weight).__name__} cannot become {dtype}: layers compute in the dtype of their input, "
             f"one of {WEIGHT_DTYPES}; call dequantize() for a dense weight of another dtype"
         )
 
@@ -37,7 +36,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     weight = args[0]
     options = weight._get_to_kwargs(*args[1:], **kwargs)
-    _check_dtype(options["dtype"])
+    _check_dtype(weight, options["dtype"])
     move = {"device": options["device"], "non_blocking": options["non_blocking"] or False, "copy": True}
     inner = {name: tensor.to(**move) for name, tensor in _inner(weight).items()}
     moved = weight.with_parts(**inner, dtype=options["dtype"])
@@ -54,7 +53,7 @@ def _(func: Any, types: Args, args: Args, kwargs: Kwargs) -> Tensor:
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     weight = args[0]
     dtype, device = kwargs.get("dtype") or weight.dtype, kwargs.get("device") or weight.device
-    _check_dtype(dtype)
+    _check_dtype(weight, dtype)
     inner = {name: torch.empty_like(tensor, device=device) for name, tensor in _inner(weight).items()}
     return weight.with_parts(**inner, dtype=dtype)
 
@@ -63,12 +62,13 @@ def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tens
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     """Copy the stored bytes into a weight of the same sizes, for example a slice of a larger one."""
     target, source = args[:2]
-    if not isinstance(target, MixedPrecisionTensor) or not isinstance(source, MixedPrecisionTensor):
+    if not isinstance(target, PackedTensor) or not isinstance(source, PackedTensor):
         raise TypeError(
             f"copy_ between {type(target).__name__} and {type(source).__name__} of shape {tuple(target.shape)}: "
             "a quantized weight can only be copied into an equally quantized one; "
             "use load_state_dict(..., assign=True), or dequantize() it first"
         )
+    source = _in_order_of(target, source)
     differing = _differences(target, source)
     if differing:
         raise ValueError(
@@ -80,9 +80,25 @@ def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tens
     return target
 
 
-def _differences(target: MixedPrecisionTensor, source: MixedPrecisionTensor) -> list[str]:
-    """Attributes and sizes of inner tensors in which two weights differ, in words."""
-    attributes = [(name, getattr(target, name), getattr(source, name)) for name in STORED_ATTRIBUTES]
+def _in_order_of(target: PackedTensor, source: PackedTensor) -> PackedTensor:
+    """``source`` with its bytes in the order of ``target``'s, where it can have that."""
+    if isinstance(source, TiledTensor) and isinstance(target, MixedPrecisionTensor):
+        return source.to_plain()
+    tileable = source.dim() == 2 and source.group_size == target.group_size
+    if isinstance(source, MixedPrecisionTensor) and isinstance(target, TiledTensor) and tileable:
+        return TiledTensor.from_plain(source)
+    return source
+
+
+def _differences(target: PackedTensor, source: PackedTensor) -> list[str]:
+    """Class, attributes and sizes of inner tensors in which two weights differ, in words.
+
+    The dtype is how the model sees the weight, not what is stored; a copy may differ in it.
+    """
+    if type(target) is not type(source):
+        return [f"order of the bytes ({type(target).__name__} and {type(source).__name__})"]
+    names = [name for name in target.tensor_attribute_names if name != "dtype"]
+    attributes = [(name, getattr(target, name), getattr(source, name)) for name in names]
     sizes = [
         (f"size of {n}", tuple(t.shape), tuple(getattr(source, n).shape)) for n, t in _inner(target).items()
     ]
@@ -93,8 +109,9 @@ def _differences(target: MixedPrecisionTensor, source: MixedPrecisionTensor) -> 
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> bool:
     """Whether two quantized weights store the same; a dense tensor is never equal to one."""
     first, second = args
-    if not isinstance(first, MixedPrecisionTensor) or not isinstance(second, MixedPrecisionTensor):
+    if not isinstance(first, PackedTensor) or not isinstance(second, PackedTensor):
         return False
+    second = _in_order_of(first, second)
     if first.dtype != second.dtype or _differences(first, second):
         return False
     return all(torch.equal(tensor, getattr(second, name)) for name, tensor in _inner(first).items())
@@ -110,7 +127,7 @@ def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tens
     return args[0].with_parts(**{name: tensor.pin_memory() for name, tensor in _inner(args[0]).items()})
 
 
-@MixedPrecisionTensor.implements_torch_function([torch.Tensor.share_memory_])
+@implements_torch_function([torch.Tensor.share_memory_])
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     """Move the stored bytes to shared memory; without this PyTorch reads a storage that a wrapper does not have."""
     for tensor in _inner(args[0]).values():
@@ -118,6 +135,6 @@ def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tens
     return args[0]
 
 
-@MixedPrecisionTensor.implements_torch_function([torch.Tensor.is_shared])
+@implements_torch_function([torch.Tensor.is_shared])
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> bool:
     return all(tensor.is_shared() for tensor in _inner(args[0]).values())

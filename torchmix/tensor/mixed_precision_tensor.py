@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
-from torchao.utils import TorchAOBaseTensor
 
 from torchmix.accounting import check_bits, check_group_size
 from torchmix.ops import dequantize_rows
@@ -26,6 +22,7 @@ from torchmix.packing import (
     unpack_zero_points,
 )
 from torchmix.primitives import SCALE_DTYPE, choose_qparams, quantize
+from torchmix.tensor.packed_tensor import PackedTensor
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = "plain"
@@ -34,7 +31,7 @@ Handler = Callable[[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], dict[s
 OPS_BY_NAME: dict[str, Handler] = {}
 
 
-class MixedPrecisionTensor(TorchAOBaseTensor):
+class MixedPrecisionTensor(PackedTensor):
     """Weight (N, K), or E experts (E, N, K), with a bit width for every row.
 
     Tensor Data Attributes:
@@ -60,14 +57,13 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
     tensor_data_names = ["qdata", "scale", "zero_point", "row_bits"]
     tensor_attribute_names = ["shape", "group_size", "dtype", "packing", "per_token", "transposed"]
 
+    length_names = ("qdata", "zero_point")
+
     qdata: Tensor
     scale: Tensor
     zero_point: Tensor
     row_bits: Tensor
-    group_size: int
     packing: str
-    per_token: bool
-    transposed: bool
 
     def __new__(
         cls,
@@ -190,21 +186,9 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
         inner = (qdata, scale.view(*rows.shape[:-1], -1), packed_zero_point, bits.contiguous())
         return cls(*inner, weight.shape, group_size, weight.dtype, PLAIN, per_token, transposed)
 
-    @property
-    def in_features(self) -> int:
-        """K, the number of inputs of a row."""
-        return self.shape[-2] if self.transposed else self.shape[-1]
-
-    @property
-    def out_features(self) -> int:
-        """N, the number of rows (of one expert)."""
-        return self.shape[-1] if self.transposed else self.shape[-2]
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight: codes, scales, zero points and row widths."""
-        inner = [getattr(self, name) for name in self.tensor_data_names]
-        return 8 * sum(t.numel() * t.element_size() for t in inner) / max(self.numel(), 1)
+    def to_plain(self) -> MixedPrecisionTensor:
+        """The weight itself."""
+        return self
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
         """Dense weight ``scale * (code - zero_point)`` in ``output_dtype`` (default: ``dtype``), shape as seen."""
@@ -248,37 +232,6 @@ class MixedPrecisionTensor(TorchAOBaseTensor):
                 f"but shape {tuple(self.shape)} with group_size={self.group_size} needs {wanted}; "
                 "the tensor is damaged or belongs to another layer"
             )
-
-    def _quantization_type(self) -> str:
-        """Short description for a module's ``extra_repr``, as torchao's tensors have it."""
-        description = f"shape={tuple(self.shape)}, group_size={self.group_size}"
-        if is_fake(self):  # lengths may be symbols, and printing must not fix their values
-            return description
-        return f"{description}, {self.bits_per_weight:.3f} bits per weight"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._quantization_type()}, dtype={self.dtype}, device={self.device})"
-
-    def _stable_hash_for_caching(self) -> str:
-        """Key of compile caches: everything a graph depends on, nothing of the values."""
-        inner = [getattr(self, name) for name in self.tensor_data_names]
-        data = [(tuple(t.shape), tuple(t.stride()), str(t.dtype)) for t in inner]
-        attributes = [str(getattr(self, name)) for name in self.tensor_attribute_names]
-        key = (data, attributes, str(self.device), self.requires_grad)
-        return hashlib.sha256(repr(key).encode()).hexdigest()
-
-    def with_parts(self, **changes: Any) -> MixedPrecisionTensor:
-        """Copy of the wrapper with some inner tensors or attributes replaced; shares the others.
-
-        A view of an ordinary tensor must be an ordinary tensor in inference mode too, or PyTorch refuses it.
-        """
-        names = self.tensor_data_names + self.tensor_attribute_names
-        leave = torch.is_inference_mode_enabled() and not self.is_inference()
-        with torch.inference_mode(False) if leave else nullcontext():
-            return type(self)(**{name: changes.get(name, getattr(self, name)) for name in names})
-
-    def _apply_fn_to_data(self, fn: Callable[[Tensor], Tensor]) -> MixedPrecisionTensor:
-        return self.with_parts(**{name: fn(getattr(self, name)) for name in self.tensor_data_names})
 
 
 def _pack_equal_rows(codes: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from torchmix.tensor.mixed_precision_tensor import MixedPrecisionTensor
+from torchmix.tensor.packed_tensor import PackedTensor
 
 
 def show_quantized_weights(module: nn.Module) -> None:
@@ -39,6 +39,6 @@ class QuantizedExtraRepr:
         quantized = [
             f"{name}={weight}"
             for name, weight in self.module.named_parameters(recurse=False)
-            if isinstance(weight, MixedPrecisionTensor)
+            if isinstance(weight, PackedTensor)
         ]
         return ", ".join(text for text in (own, *quantized) if text)

@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmix.ops import mixed_grouped_linear, mixed_linear
+from torchmix.ops import mixed_grouped_linear, mixed_linear, mixed_linear_tiled
+from torchmix.tensor import tiled_tensor
 from torchmix.tensor.mixed_precision_tensor import OPS_BY_NAME, MixedPrecisionTensor
+from torchmix.tensor.packed_tensor import PackedTensor
 from torchmix.tensor.shapes import swapped
+from torchmix.tensor.tiled_tensor import TiledTensor
 
 aten = torch.ops.aten
 implements = MixedPrecisionTensor.implements
@@ -26,7 +29,7 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-def linear(x: Tensor, weight: MixedPrecisionTensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias for a 2-D weight as the model sees it: x (..., K), weight (N, K) -> (..., N).
 
     A ``transposed`` weight is stored by the rows of its other dimension; it is dequantized.
@@ -44,10 +47,13 @@ def linear(x: Tensor, weight: MixedPrecisionTensor, bias: Tensor | None = None) 
         dense = weight.dequantize(x.dtype)
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
     _check_inputs("linear", x, weight)
+    if isinstance(weight, TiledTensor):
+        tiles = (weight.tiles, weight.row_index, weight.tile_table)
+        return mixed_linear_tiled(x, *tiles, bias, weight.out_features, weight.per_token)
     return mixed_linear(x, *_inner(weight), bias, weight.group_size, weight.per_token)
 
 
-def _check_inputs(name: str, x: Tensor, weight: MixedPrecisionTensor) -> None:
+def _check_inputs(name: str, x: Tensor, weight: PackedTensor) -> None:
     """Raise ``ValueError`` unless the last dimension of ``x`` is the weight's K; padding would hide the difference."""
     if x.shape[-1] != weight.in_features:
         raise ValueError(
@@ -69,13 +75,13 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
-@implements([aten.linear.default])
-@implements_torch_function([torch.nn.functional.linear])
+@tiled_tensor.implements([aten.linear.default])
+@tiled_tensor.implements_torch_function([torch.nn.functional.linear])
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs | None) -> Tensor:
     def call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not isinstance(weight, MixedPrecisionTensor) or isinstance(input, MixedPrecisionTensor):
+        if not isinstance(weight, PackedTensor) or isinstance(input, PackedTensor):
             raise NotImplementedError(
-                f"linear: a MixedPrecisionTensor can only be the weight, but input and weight are "
+                f"linear: a quantized weight can only be the weight, but input and weight are "
                 f"{type(input).__name__} and {type(weight).__name__}"
             )
         return linear(input, weight, bias)
@@ -83,16 +89,16 @@ def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs | None) 
     return call(*args, **(kwargs or {}))
 
 
-@implements([aten.mm.default])
+@tiled_tensor.implements([aten.mm.default])
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     return _product(*args)
 
 
-@implements([aten.addmm.default])
+@tiled_tensor.implements([aten.addmm.default])
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     bias, left, right = args
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    if alpha == beta == 1 and bias.dim() == 1 and isinstance(right, MixedPrecisionTensor):
+    if alpha == beta == 1 and bias.dim() == 1 and isinstance(right, PackedTensor):
         return linear(left, swapped(right), bias)
     y = _product(left, right)
     return y * alpha + bias * beta
@@ -100,7 +106,7 @@ def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tens
 
 def _product(left: Any, right: Any) -> Tensor:
     """left @ right with a quantized weight on one side."""
-    if isinstance(left, MixedPrecisionTensor):
+    if isinstance(left, PackedTensor):
         _check_one_quantized(right)
         return _product(right.t(), swapped(left)).t()
     return linear(left, swapped(right))
@@ -108,7 +114,7 @@ def _product(left: Any, right: Any) -> Tensor:
 
 def _check_one_quantized(other: Tensor) -> None:
     """Raise when both operands are quantized."""
-    if isinstance(other, MixedPrecisionTensor):
+    if isinstance(other, PackedTensor):
         raise NotImplementedError(
             "a product of two MixedPrecisionTensors is not defined; dequantize() one of them first"
         )

@@ -1,7 +1,7 @@
 """Compile repeated blocks one by one with shared graphs (L2).
 
 A transformer's blocks are equal but for their weights, so ``torch.compile`` can compile one block and use its
-graph for all of them ("regional compilation"). The packed codes of a :class:`MixedPrecisionTensor` have one
+graph for all of them ("regional compilation"). The packed codes of a :class:`PackedTensor` have one
 length in one block and another in the next, because each block has its own mix of row widths. PyTorch takes
 the shapes of parameters as constants, so every block would get a graph of its own until the recompilation limit
 (8) is reached. No code of a graph depends on these lengths: the ops read them from the tensors.
@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchmix.tensor.mixed_precision_tensor import MixedPrecisionTensor
+from torchmix.tensor.packed_tensor import PackedTensor
 
-PACKED_NAMES = ("qdata", "zero_point")  # the inner tensors whose length depends on the row widths
 SOURCE_LISTS = ("dynamic_sources", "unbacked_sources")
 
 
@@ -63,9 +62,9 @@ def _packed_sources(block: nn.Module) -> str:
     """
     patterns = []
     for name, parameter in block.named_parameters():
-        if isinstance(parameter, MixedPrecisionTensor):
+        if isinstance(parameter, PackedTensor):
             path = r".*\W".join(re.escape(part) for part in name.split("."))
-            patterns.append(rf".*\W{path}\W.*\.({'|'.join(PACKED_NAMES)})$")
+            patterns.append(rf".*\W{path}\W.*\.({'|'.join(parameter.length_names)})$")
     return ",".join(patterns)
 
 

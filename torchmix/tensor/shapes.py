@@ -9,34 +9,37 @@ Shapes: N out_features, K in_features, E experts, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from torchmix.tensor.mixed_precision_tensor import MixedPrecisionTensor
+from torchmix.tensor.packed_tensor import PackedTensor
+from torchmix.tensor.tiled_tensor import implements as implements_both
 
 aten = torch.ops.aten
 implements = MixedPrecisionTensor.implements
+Packed = TypeVar("Packed", bound=PackedTensor)
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-def swapped(weight: MixedPrecisionTensor) -> MixedPrecisionTensor:
+def swapped(weight: Packed) -> Packed:
     """The same weight with the last two dimensions swapped; shares all data."""
     shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
     return weight.with_parts(shape=shape, transposed=not weight.transposed)
 
 
-@implements([aten.t.default])
+@implements_both([aten.t.default])
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     if args[0].dim() != 2:
         raise RuntimeError(f"t() expects a 2-D weight, got shape {tuple(args[0].shape)}; use .mT for experts")
     return return_and_correct_aliasing(func, args, kwargs, swapped(args[0]))
 
 
-@implements([aten.transpose.int])
+@implements_both([aten.transpose.int])
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     weight, first, second = args
     order = list(range(weight.dim()))
@@ -44,14 +47,14 @@ def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tens
     return return_and_correct_aliasing(func, args, kwargs, _permuted(weight, order))
 
 
-@implements([aten.permute.default])
+@implements_both([aten.permute.default])
 def _(func: Callable[..., Any], types: Args, args: Args, kwargs: Kwargs) -> Tensor:
     weight, dims = args
     order = [dim % weight.dim() for dim in dims]
     return return_and_correct_aliasing(func, args, kwargs, _permuted(weight, order))
 
 
-def _permuted(weight: MixedPrecisionTensor, order: list[int]) -> MixedPrecisionTensor:
+def _permuted(weight: Packed, order: list[int]) -> Packed:
     """Dimensions in another order, of which two are possible."""
     plain = list(range(weight.dim()))
     if order == plain:
