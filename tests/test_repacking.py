@@ -17,7 +17,7 @@ from torchao.quantization import quantize_
 from tests.generators import row_bits
 from tests.models.tiny_models import apply_plan, logits, quantized_model, random_ids, random_plan, sequential
 from torchmix import repacking
-from torchmix._extension import KernelLibrary, KernelStatus
+from torchmix._extension import KernelLibrary, KernelStatus, disable_kernels, kernels_available
 from torchmix.checkpoint import load_pretrained, save_pretrained
 from torchmix.config import mixllm_config
 from torchmix.huggingface import load_model
@@ -235,10 +235,12 @@ def test_load_pretrained_repacks_modules(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_transformers_repacks_after_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_transformers_repacks_after_loading(tmp_path: Path, family: str) -> None:
+    """Conv1D weights are transposed; experts stay plain."""
     import transformers
 
-    (model, _), ids = quantized_model("llama"), random_ids(2, 9)
+    (model, _), ids = quantized_model(family), random_ids(2, 9)
     save_pretrained(model, tmp_path / "model")
     expected = logits(model, ids)
     for loaded in (
@@ -247,14 +249,60 @@ def test_transformers_repacks_after_loading(tmp_path: Path) -> None:
         load_pretrained(tmp_path / "model"),
     ):
         weights = [p for p in loaded.parameters() if isinstance(p, PackedTensor)]
-        assert weights
-        assert all(isinstance(weight, TiledTensor) for weight in weights)
+        assert any(isinstance(weight, TiledTensor) for weight in weights)
+        assert all(isinstance(weight, TiledTensor) == (weight.dim() == 2) for weight in weights)
         assert torch.equal(logits(loaded, ids), expected)
     loaded.save_pretrained(tmp_path / "again")
     save_pretrained(loaded, tmp_path / "third", source=tmp_path / "model")
     name = "model.safetensors"
     assert (tmp_path / "third" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     assert torch.equal(logits(load_model(tmp_path / "again"), ids), expected)
+
+
+needs_kernels = pytest.mark.skipif(
+    not (kernels_available("cuda") and torch.cuda.is_available()), reason="no CUDA kernels on this machine"
+)
+
+
+@needs_kernels
+def test_kernels_serve_a_repacked_model() -> None:
+    """Rows of 2 and 7 bits stay plain; the others give the numbers of the reference up to float32 rounding."""
+    model, x = Mixed().cuda(), torch.randn(3, 200, device="cuda")
+    before, expected = copy.deepcopy(model.state_dict()), model(x)
+    report = repack(model)
+    assert report.repacked == ("down.weight",)
+    assert report.left[0][0] == "up.weight"
+    assert "rows of [2, 7] bits" in report.left[0][1]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    with disable_kernels():
+        assert torch.equal(model(x), expected)
+    assert same_bytes(model.state_dict(), before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("backend", ["aot_eager", "cudagraphs"])
+def test_kernels_in_a_compiled_model(backend: str) -> None:
+    torch._dynamo.reset()
+    model = Mixed().cuda()
+    repack(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for x in torch.randn(4, 3, 200, device="cuda"):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+def test_models_are_repacked_when_loaded_to_a_gpu(tmp_path: Path) -> None:
+    plan = random_plan(sequential(), (3, 4, 5, 6, 8))
+    model = apply_plan(sequential(), plan)
+    save_pretrained(model, tmp_path / "model")
+    loaded = load_pretrained(tmp_path / "model", model=sequential(), device="cuda")
+    weights = [p for p in loaded.parameters() if isinstance(p, PackedTensor)]
+    assert all(isinstance(weight, TiledTensor) for weight in weights)
+    save_pretrained(loaded, tmp_path / "again")
+    assert files_in(tmp_path / "again").keys() == files_in(tmp_path / "model").keys()
+    name = "model.safetensors"
+    assert files_in(tmp_path / "again")[name] == files_in(tmp_path / "model")[name]
 
 
 def test_repacked_models_are_not_quantized_or_tuned_again() -> None:

@@ -12,7 +12,8 @@ Importing this module registers them on the class:
     ``to``, ``copy_``, ``empty_like``, ``pin_memory``, ``equal``
 
 ``detach``, ``clone`` and ``contiguous`` come from torchao's base class. Anything else raises, because a silent
-``dequantize`` would hide a cost.
+``dequantize`` would hide a cost. Linear layers, copies and transposition are registered on ``TiledTensor`` too, which
+goes through the plain weight for the rest.
 """
 
 from __future__ import annotations
