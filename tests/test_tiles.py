@@ -50,24 +50,24 @@ def code_in_block(block: list[int], bits: int, row: int, k: int) -> int:
     for plane, low in PLANES[bits]:
         byte, shift = place(plane, row, k)
         code |= (block[start + byte] >> shift & (2**plane - 1)) << low
-        start += 1024 * plane
+        start += 512 * plane
     return code
 
 
 def parameters_in_block(block: list[int], bits: int, row: int) -> tuple[int, int]:
     """The scale's 16 bits and the zero point of a row."""
     pair, second = row // 16 * 8 + row % 8, row % 16 // 8
-    scale = 1024 * bits + 4 * pair + 2 * second
-    return block[scale] | block[scale + 1] << 8, block[1024 * bits + 128 + 2 * pair + second]
+    scale = 512 * bits + 4 * pair + 2 * second
+    return block[scale] | block[scale + 1] << 8, block[512 * bits + 64 + 2 * pair + second]
 
 
 def expected_rows(weight: PackedWeight) -> list[tuple[int, list[int]]]:
-    """(width, its original rows or -1 for each of 64 places) of every tile, in order."""
+    """(width, its original rows or -1 for each of 32 places) of every tile, in order."""
     found = []
     for bits in sorted(WIDTHS, reverse=True):
         rows = [n for n, width in enumerate(weight.row_bits.tolist()) if width == bits]
         rows += [-1] * (-len(rows) % 64)
-        found += [(bits, rows[start : start + 64]) for start in range(0, len(rows), 64)]
+        found += [(bits, rows[start : start + 32]) for start in range(0, len(rows), 32)]
     return found
 
 
@@ -87,7 +87,7 @@ def test_every_element_lies_where_the_formulas_put_it(bits: int, in_features: in
     for (width, rows), (offset, table_width, wide) in zip(expected, tile_table.tolist(), strict=True):
         assert (16 * offset, table_width, wide) == (start, width, wide_tiles)
         for g in range(groups):
-            block = data[start : start + 1024 * width + 192]
+            block = data[start : start + 512 * width + 128]
             start += len(block)
             for place_in_tile, row in enumerate(rows):
                 wanted = (scales[row][g], zeros[row][g]) if row >= 0 else (0, 0)
@@ -102,8 +102,8 @@ def test_every_element_lies_where_the_formulas_put_it(bits: int, in_features: in
 @pytest.mark.parametrize("plane", [8, 4, 2, 1])
 def test_planes_have_no_gaps(plane: int) -> None:
     """The formulas of the test itself: every bit of a plane belongs to one code."""
-    places = {place(plane, row, k) for row in range(64) for k in range(128)}
-    assert places == {(byte, bit) for byte in range(1024 * plane) for bit in range(0, 8, plane)}
+    places = {place(plane, row, k) for row in range(32) for k in range(128)}
+    assert places == {(byte, bit) for byte in range(512 * plane) for bit in range(0, 8, plane)}
 
 
 @given(
@@ -122,7 +122,7 @@ def test_round_trip_is_exact(widths: list[int], rows: int, in_features: int, see
         assert torch.equal(part, expected)
     groups = -(-in_features // 128)
     assert tiles.numel() == sum(groups * block_bytes(bits) for bits in tile_table[:, 1].tolist())
-    assert row_index.numel() == 64 * len(tile_table)
+    assert row_index.numel() == 32 * len(tile_table)
     assert sorted(row for row in row_index.tolist() if row >= 0) == list(range(rows))
 
 
@@ -161,7 +161,7 @@ def test_signed_codes_and_any_scale_bits_survive() -> None:
 
 def test_block_bytes_are_whole_units() -> None:
     for bits in WIDTHS:
-        assert block_bytes(bits) == 1024 * bits + 192
+        assert block_bytes(bits) == 512 * bits + 128
         assert block_bytes(bits) % 16 == 0
 
 

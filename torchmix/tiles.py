@@ -1,19 +1,21 @@
 """Tile layout of packed weights (L0): the order in which GPU kernels read them; on disk it never occurs.
 
 Rows are sorted by width, widest first, and stay in their original order within a width. The rows of each width
-are filled up to a multiple of 64 with padding rows, and cut into tiles of 64 rows. A tile is a row of G blocks, one
-per group of 128 inputs; a block is complete in itself::
+are filled up to a multiple of 64 with padding rows, and cut into tiles of 32 rows, so that tiles of one width come in
+pairs. A tile is a row of G blocks, one per group of 128 inputs; a block is complete in itself::
 
-    tiles   | tile 0: 64 rows, 8 bits      | tile 1: 8 bits |  ...  | tile t: 4 bits |  ...
+    tiles   | tile 0: 32 rows, 8 bits      | tile 1: 8 bits |  ...  | tile t: 4 bits |  ...
             | block 0 | block 1 | .. | G-1 |
-    block   | code planes, 1024 * b bytes | 32 scale pairs, 128 bytes | 32 zero-point pairs, 64 bytes |
+    block   | code planes, 512 * b bytes | 16 scale pairs, 64 bytes | 16 zero-point pairs, 32 bytes | 32 bytes of 0 |
+
+The last bytes make every block a multiple of 128 bytes, the unit in which memory is read.
 
 A code of b bits lies in planes of 8, 4, 2 or 1 bits, from wide to narrow, the low bits of the code first::
 
     b        8     7           6       5       4     3       2
     planes   8     4, 2, 1     4, 2    4, 1    4     2, 1    2
 
-The 64 x 128 codes of a block belong to 4 warps w, 32 lanes and 16 registers j of 4 codes m, as the left operand of
+The 32 x 128 codes of a block belong to 2 warps w, 32 lanes and 16 registers j of 4 codes m, as the left operand of
 ``mma.m16n8k32`` wants them. With lane = 4 * i + q (i < 8, q < 4) and j = 4 * s + 2 * h + r (s < 4, h < 2, r < 2)::
 
     row = 16 * w + i + 8 * r        input = 32 * s + 16 * h + 4 * q + m
@@ -21,19 +23,19 @@ The 64 x 128 codes of a block belong to 4 warps w, 32 lanes and 16 registers j o
 A byte of a p-bit plane holds the codes m of 8 / p registers that follow one another, the first one in its lowest
 bits. Four such bytes, m = 0..3, are a word; a word stands for 8 / p registers. Words lie in this order::
 
-    8-bit plane   8192 bytes   [w][s = 0..3]     [lane][4 words]   word v: register j = 4 * s + v
-    4-bit plane   4096 bytes   [w][half = 0, 1]  [lane][4 words]   word v: registers j = 8 * half + 2 * v + (0, 1)
-    2-bit plane   2048 bytes   [w]               [lane][4 words]   word v: registers j = 4 * v + (0..3)
-    1-bit plane   1024 bytes   [w]               [lane][2 words]   word v: registers j = 8 * v + (0..7)
+    8-bit plane   4096 bytes   [w][s = 0..3]     [lane][4 words]   word v: register j = 4 * s + v
+    4-bit plane   2048 bytes   [w][half = 0, 1]  [lane][4 words]   word v: registers j = 8 * half + 2 * v + (0, 1)
+    2-bit plane   1024 bytes   [w]               [lane][4 words]   word v: registers j = 4 * v + (0..3)
+    1-bit plane    512 bytes   [w]               [lane][2 words]   word v: registers j = 8 * v + (0..7)
 
-Pair p = 0..31 holds the parameters of row a = 16 * (p // 8) + p % 8, then of row a + 8: two bfloat16 scales, or two
+Pair p = 0..15 holds the parameters of row a = 16 * (p // 8) + p % 8, then of row a + 8: two bfloat16 scales, or two
 uint8 zero points (0 for 8-bit rows). Padding rows have codes, scales and zero points 0; inputs beyond K have codes 0.
 
-``row_index`` int32 (T * 64,) is the original row of each place, -1 for padding. ``tile_table`` int32 (T, 3) holds
+``row_index`` int32 (T * 32,) is the original row of each place, -1 for padding. ``tile_table`` int32 (T, 3) holds
 the offset of each tile in units of 16 bytes, its width, and, the same for all, how many tiles have more than 4 bits
 (they come first; a kernel deals tiles out to multiprocessors by it).
 
-Shapes: N out_features, K in_features, G = ceil(K / 128), T tiles, R = 64 rows per tile of some tiles.
+Shapes: N out_features, K in_features, G = ceil(K / 128), T tiles, R = 32 rows per tile of some tiles.
 """
 
 from __future__ import annotations
@@ -59,18 +61,19 @@ from torchmix.packing import (
 )
 
 GROUP_SIZE = 128
-TILE_ROWS = 64
+TILE_ROWS = 32
+PADDED_ROWS = 64  # rows of a width come in multiples of this: some kernels take two tiles at once
 OFFSET_UNIT = 16  # bytes
 NARROW_BITS = 4  # tiles of more than these bits are wide
 PLANES = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
-WARPS, LANES, REGISTERS, WORD = 4, 32, 16, 4  # per block; codes per register = bytes per word
-SCALE_BYTES, ZERO_POINT_BYTES = 2 * TILE_ROWS, TILE_ROWS
+WARPS, LANES, REGISTERS, WORD = 2, 32, 16, 4  # per block; codes per register = bytes per word
+SCALE_BYTES, ZERO_POINT_BYTES, SPARE_BYTES = 2 * TILE_ROWS, TILE_ROWS, TILE_ROWS
 # Codes that are unpacked at a time: temporary memory is some ten bytes for each of them, whatever the weight's size.
 CHUNK_CODES = 1 << 24
 
 
 class Tiles(NamedTuple):
-    """A weight in the tile layout: tiles uint8 1-D, row_index int32 (T * 64,), tile_table int32 (T, 3)."""
+    """A weight in the tile layout: tiles uint8 1-D, row_index int32 (T * 32,), tile_table int32 (T, 3)."""
 
     tiles: Tensor
     row_index: Tensor
@@ -86,8 +89,8 @@ class _Chunk(NamedTuple):
 
 
 def block_bytes(bits: int) -> int:
-    """Bytes of one block, 64 rows of 128 inputs, with its scales and zero points."""
-    return TILE_ROWS * GROUP_SIZE * bits // 8 + SCALE_BYTES + ZERO_POINT_BYTES
+    """Bytes of one block, 32 rows of 128 inputs, with its scales and zero points."""
+    return TILE_ROWS * GROUP_SIZE * bits // 8 + SCALE_BYTES + ZERO_POINT_BYTES + SPARE_BYTES
 
 
 def pack_tiles(
@@ -126,7 +129,7 @@ def pack_tiles(
     for chunk in _chunks(widths, in_features):
         rows = row_index[chunk.places]
         real = rows >= 0
-        rows = torch.where(real, rows, rows[0])  # the first row of a tile is never padding
+        rows = torch.where(real, rows, rows.clamp(min=0).amax())  # a row that exists; padding is masked below
         codes = _read(qdata, code_offsets[rows], chunk.bits, in_features, row_bytes(in_features, chunk.bits))
         zeros = _read_zero_points(zero_point, zero_offsets[rows], chunk.bits, scale.shape[1])
         codes, scales, zeros = (part.masked_fill_(~real[:, None], 0) for part in (codes, scale[rows], zeros))
@@ -184,11 +187,11 @@ def tile_row_bits(row_index: Tensor, tile_table: Tensor, out_features: int) -> T
 
 
 def _tile_rows(row_bits: Tensor) -> tuple[Tensor, list[int]]:
-    """Original row of each place, int64 (T * 64,), and the width of each tile."""
+    """Original row of each place, int64 (T * 32,), and the width of each tile."""
     places, widths = [row_bits.new_empty(0, dtype=torch.int64)], []
     for bits in range(MAX_BITS, MIN_BITS - 1, -1):
         rows = (row_bits == bits).nonzero().squeeze(1)
-        tiles = -(-len(rows) // TILE_ROWS)
+        tiles = -(-len(rows) // PADDED_ROWS) * (PADDED_ROWS // TILE_ROWS)
         places.append(pad(rows, (0, tiles * TILE_ROWS - len(rows)), value=-1))
         widths += [bits] * tiles
     return torch.cat(places), widths
@@ -248,7 +251,8 @@ def _pack_blocks(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
     for plane in PLANES[bits]:
         parts.append(_pack_plane(registers >> low & (2**plane - 1), plane))
         low += plane
-    parts += [_pack_pairs(scale).view(torch.uint8), _pack_pairs(zero_point)]
+    spare = codes.new_zeros((len(registers), SPARE_BYTES))
+    parts += [_pack_pairs(scale).view(torch.uint8), _pack_pairs(zero_point), spare]
     return torch.cat(parts, 1).flatten()
 
 
@@ -256,7 +260,7 @@ def _unpack_blocks(data: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor
     """Inverse of :func:`_pack_blocks`, with codes (R, G * 128)."""
     planes = [TILE_ROWS * GROUP_SIZE * plane // 8 for plane in PLANES[bits]]
     blocks = data.view(-1, block_bytes(bits))
-    *parts, scale, zero_point = blocks.split([*planes, SCALE_BYTES, ZERO_POINT_BYTES], 1)
+    *parts, scale, zero_point, _ = blocks.split([*planes, SCALE_BYTES, ZERO_POINT_BYTES, SPARE_BYTES], 1)
     registers, low = data.new_zeros((len(blocks), WARPS, LANES, REGISTERS, WORD)), 0
     for plane, part in zip(PLANES[bits], parts, strict=True):
         registers |= _unpack_plane(part, plane) << low
@@ -294,7 +298,7 @@ def _word_shape(bits: int) -> tuple[int, int, int]:
 
 
 def _pack_pairs(values: Tensor) -> Tensor:
-    """(R, G) -> (blocks, 64): rows a and a + 8 beside each other."""
+    """(R, G) -> (blocks, 32): rows a and a + 8 beside each other."""
     groups = values.shape[1]
     parts = values.view(-1, WARPS, 2, 8, groups)  # tile, w, r, i, group
     return parts.permute(0, 4, 1, 3, 2).reshape(-1, TILE_ROWS)

@@ -30,7 +30,7 @@ def dequantize_tiles(
 
     Args:
         tiles: uint8 1-D (:mod:`torchmix.tiles`).
-        row_index: int32 (T * 64,).
+        row_index: int32 (T * 32,).
         tile_table: int32 (T, 3).
         out_features: N.
         in_features: K.

@@ -46,7 +46,7 @@ def mixed_linear_tiled(
     Args:
         x: float32, bfloat16 or float16 (..., K), any number of leading dimensions, zero tokens allowed.
         tiles: uint8 1-D, codes, scales and zero points (:mod:`torchmix.tiles`).
-        row_index: int32 (T * 64,).
+        row_index: int32 (T * 32,).
         tile_table: int32 (T, 3).
         bias: float (N,) or None.
         out_features: N.

@@ -25,7 +25,7 @@ class TiledTensor(PackedTensor):
 
     Tensor Data Attributes:
         tiles: uint8 1-D, codes, scales and zero points.
-        row_index: int32 (T * 64,), original row of each place.
+        row_index: int32 (T * 32,), original row of each place.
         tile_table: int32 (T, 3), where the tiles begin, and their widths.
 
     Non-Tensor Attributes:
