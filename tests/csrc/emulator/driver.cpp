@@ -1,0 +1,101 @@
+// C functions that run the kernels on the machine, for tests in Python. Sources are those of csrc/cuda, translated.
+#include "stream_launch.h"
+#include "quantize_kernels.h"
+
+using emulator::GlobalBuffer;
+using namespace torchmix;
+
+namespace {
+
+size_t float_bytes(int type) { return type == static_cast<int>(Float::kFloat32) ? 4 : 2; }
+
+}  // namespace
+
+extern "C" {
+
+// Mirrored in tests/csrc/emulated_cuda.py. Pointers are null where there is nothing.
+struct StreamCall {
+  const void *tiles, *row_index, *tile_table, *x, *codes, *token_scale, *group_sum, *bias;
+  void* y;
+  int64_t tile_bytes, x_stride, M, N, K, T;
+  int32_t x_type, bias_type, y_type, aligned;
+  int32_t token_tiles, blocks, slots, clusters;
+  uint64_t seed;
+  int32_t lanes_apart;
+};
+
+struct QuantizeCall {
+  const void* x;
+  void *codes, *scale, *group_sum;
+  int64_t x_stride, M, K, group_size;
+  int32_t type, aligned, per_token;
+  uint64_t seed;
+};
+
+const char* emulated_error() { return emulator::error(); }
+
+int emulated_stream(const StreamCall* call) {
+  const StreamCall& c = *call;
+  const int64_t G = (c.K + kGroup - 1) / kGroup;
+  emulator::set_seed(c.seed, c.lanes_apart != 0);
+  const GlobalBuffer tiles("tiles", c.tiles, c.tile_bytes), rows("row_index", c.row_index, c.T * kTileRows * 4);
+  const GlobalBuffer table("tile_table", c.tile_table, c.T * 3 * 4), bias("bias", c.bias, c.N * float_bytes(c.bias_type));
+  const GlobalBuffer x("x", c.x, ((c.M - 1) * c.x_stride + c.K) * float_bytes(c.x_type));
+  const GlobalBuffer codes("codes", c.codes, c.M * c.K), scale("scale", c.token_scale, c.M * G * 4);
+  const GlobalBuffer sums("group_sum", c.group_sum, c.M * G * 4);
+  GlobalBuffer y("y", c.y, c.M * c.N * float_bytes(c.y_type));
+  StreamParams p = {};
+  p.tiles = static_cast<const uint8_t*>(tiles.get());
+  p.row_index = static_cast<const int32_t*>(rows.get());
+  p.tile_table = static_cast<const int32_t*>(table.get());
+  p.x = x.get();
+  p.codes = static_cast<const int8_t*>(codes.get());
+  p.token_scale = static_cast<const float*>(scale.get());
+  p.group_sum = static_cast<const int32_t*>(sums.get());
+  p.bias = bias.get();
+  p.y = y.get();
+  p.x_stride = c.x_stride;
+  p.M = static_cast<int>(c.M);
+  p.N = static_cast<int>(c.N);
+  p.K = static_cast<int>(c.K);
+  p.G = static_cast<int>(G);
+  p.T = static_cast<int>(c.T);
+  p.slots = c.slots;
+  p.x_type = static_cast<Float>(c.x_type);
+  p.bias_type = static_cast<Float>(c.bias_type);
+  p.y_type = static_cast<Float>(c.y_type);
+  p.aligned = c.aligned != 0;
+  const StreamChoice choice = {c.token_tiles, c.blocks, c.slots};
+  const int passes = static_cast<int>((c.M + 8 * c.token_tiles - 1) / (8 * c.token_tiles));
+  const int multiprocessors = c.clusters * c.blocks * passes;
+  const bool quantize = c.x != nullptr;
+  switch (c.token_tiles) {
+    case 1: return launch_stream<1>(p, choice, multiprocessors, quantize, nullptr);
+    case 2: return launch_stream<2>(p, choice, multiprocessors, quantize, nullptr);
+    case 4: return launch_stream<4>(p, choice, multiprocessors, quantize, nullptr);
+    default: return launch_stream<8>(p, choice, multiprocessors, quantize, nullptr);
+  }
+}
+
+int emulated_quantize(const QuantizeCall* call) {
+  const QuantizeCall& c = *call;
+  const int64_t G = (c.K + c.group_size - 1) / c.group_size;
+  emulator::set_seed(c.seed);
+  const GlobalBuffer x("x", c.x, ((c.M - 1) * c.x_stride + c.K) * float_bytes(c.type));
+  GlobalBuffer codes("codes", c.codes, c.M * c.K), scale("scale", c.scale, c.M * G * 4);
+  GlobalBuffer sums("group_sum", c.group_sum, c.M * G * 4);
+  const QuantizeParams p = {
+      x.get(),    static_cast<int8_t*>(codes.get()), static_cast<float*>(scale.get()),
+      static_cast<int32_t*>(sums.get()),
+      c.x_stride, c.M,
+      static_cast<int>(c.K), static_cast<int>(G), static_cast<int>(c.group_size),
+      static_cast<Float>(c.type), c.aligned != 0};
+  if (c.group_size == kGroup && c.per_token == 0) {
+    const int64_t per_block = kThreads / 16 * kUnroll;
+    const dim3 grid(static_cast<unsigned>((c.M * G + per_block - 1) / per_block));
+    return emulator::launch(quantize_groups, {grid, dim3(kThreads), 0, 1}, p);
+  }
+  return emulator::launch(quantize_tokens, {dim3(static_cast<unsigned>(c.M)), dim3(kThreads), 0, 1}, p, c.per_token != 0);
+}
+
+}  // extern "C"
