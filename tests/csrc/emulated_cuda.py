@@ -41,7 +41,7 @@ class StreamCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("token_scale", "group_sum", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("tile_bytes", "x_stride", "M", "N", "K", "T")),
         *((name, ctypes.c_int32) for name in ("x_type", "bias_type", "y_type", "aligned")),
-        *((name, ctypes.c_int32) for name in ("token_tiles", "blocks", "slots", "clusters")),
+        *((name, ctypes.c_int32) for name in ("together", "blocks", "slots", "clusters")),
         ("seed", ctypes.c_uint64),
         ("lanes_apart", ctypes.c_int32),
     ]
@@ -64,7 +64,7 @@ class Stream:
     after a loop or a branch it hardly ever does.
     """
 
-    token_tiles: int = 1
+    together: int = 8
     blocks: int = 1
     slots: int = 8
     clusters: int = 1
@@ -95,7 +95,7 @@ def stream(
         EmulatedError: a deadlock, memory that is not there, or the like.
     """
     call = StreamCall(seed=how.seed, lanes_apart=how.lanes_apart)
-    for name in ("token_tiles", "blocks", "slots", "clusters"):
+    for name in ("together", "blocks", "slots", "clusters"):
         setattr(call, name, getattr(how, name))
     if isinstance(activation, Tensor):
         x, dtype = activation, activation.dtype
@@ -113,7 +113,7 @@ def stream(
         call.bias, call.bias_type = bias.data_ptr(), FLOATS[bias.dtype]
     y = torch.full((call.M, out_features), torch.nan, dtype=dtype)
     call.y, call.y_type = y.data_ptr(), FLOATS[dtype]
-    _run(how.arch, "emulated_stream", call)
+    _run(how.arch, "emulated_batch" if how.together > 32 else "emulated_stream", call)
     return y
 
 
@@ -176,7 +176,8 @@ def build(arch: int) -> Path:
     sources = folder / "translated"
     sources.mkdir(parents=True, exist_ok=True)
     translated = {path.name: translate(path) for path in sorted(KERNELS.glob("*.*h"))}
-    translated |= {path.name: translate(path) for path in sorted(KERNELS.glob("stream_*.cu"))}
+    translated |= {path.name: translate(path) for path in sorted(KERNELS.glob("*_*.cu")) if path.name.startswith(("stream", "batch"))}
+    translated["prepare.cu"] = translate(KERNELS / "prepare.cu")
     translated["quantize_kernels.h"] = quantize_kernels()
     for name, text in translated.items():
         _write(sources / name, text)

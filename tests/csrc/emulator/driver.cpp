@@ -1,6 +1,9 @@
 // C functions that run the kernels on the machine, for tests in Python. Sources are those of csrc/cuda, translated.
+#include "batch_launch.h"
 #include "stream_launch.h"
 #include "quantize_kernels.h"
+
+#include <vector>
 
 using emulator::GlobalBuffer;
 using namespace torchmix;
@@ -19,7 +22,7 @@ struct StreamCall {
   void* y;
   int64_t tile_bytes, x_stride, M, N, K, T;
   int32_t x_type, bias_type, y_type, aligned;
-  int32_t token_tiles, blocks, slots, clusters;
+  int32_t together, blocks, slots, clusters;
   uint64_t seed;
   int32_t lanes_apart;
 };
@@ -61,20 +64,68 @@ int emulated_stream(const StreamCall* call) {
   p.G = static_cast<int>(G);
   p.T = static_cast<int>(c.T);
   p.slots = c.slots;
+  p.together = c.together;
   p.x_type = static_cast<Float>(c.x_type);
   p.bias_type = static_cast<Float>(c.bias_type);
   p.y_type = static_cast<Float>(c.y_type);
   p.aligned = c.aligned != 0;
-  const StreamChoice choice = {c.token_tiles, c.blocks, c.slots};
-  const int passes = static_cast<int>((c.M + 8 * c.token_tiles - 1) / (8 * c.token_tiles));
-  const int multiprocessors = c.clusters * c.blocks * passes;
+  const StreamChoice choice = {c.together, c.blocks, c.slots};
+  const int passes = static_cast<int>((c.M + c.together - 1) / c.together);
+  const DeviceLimits device = {c.clusters * c.blocks * passes, 232448, __CUDA_ARCH__ >= 900};
   const bool quantize = c.x != nullptr;
-  switch (c.token_tiles) {
-    case 1: return launch_stream<1>(p, choice, multiprocessors, quantize, nullptr);
-    case 2: return launch_stream<2>(p, choice, multiprocessors, quantize, nullptr);
-    case 4: return launch_stream<4>(p, choice, multiprocessors, quantize, nullptr);
-    default: return launch_stream<8>(p, choice, multiprocessors, quantize, nullptr);
+  switch (stream_token_tiles(c.together)) {
+    case 1: return launch_stream<1>(p, choice, device, quantize, nullptr);
+    case 2: return launch_stream<2>(p, choice, device, quantize, nullptr);
+    default: return launch_stream<4>(p, choice, device, quantize, nullptr);
   }
+}
+
+// The same through prepare_kernel and batch_kernel; `together`: tokens of a piece, `clusters`: multiprocessors.
+int emulated_batch(const StreamCall* call) {
+  const StreamCall& c = *call;
+  const int64_t G = (c.K + kGroup - 1) / kGroup, Mp = (c.M + 15) / 16 * 16, Gp = (G + 15) / 16 * 16;
+  emulator::set_seed(c.seed, c.lanes_apart != 0);
+  const GlobalBuffer tiles("tiles", c.tiles, c.tile_bytes), rows("row_index", c.row_index, c.T * kTileRows * 4);
+  const GlobalBuffer table("tile_table", c.tile_table, c.T * 3 * 4), bias("bias", c.bias, c.N * float_bytes(c.bias_type));
+  const GlobalBuffer x("x", c.x, ((c.M - 1) * c.x_stride + c.K) * float_bytes(c.x_type));
+  const GlobalBuffer codes("codes", c.codes, c.M * c.K), scale("scale", c.token_scale, c.M * G * 4);
+  const GlobalBuffer sums("group_sum", c.group_sum, c.M * G * 4);
+  std::vector<uint8_t> blank(G * Mp * kGroup, 0xff), blank_scale(G * Mp * 4, 0xff), blank_sums(Mp * Gp * 6, 0xff);
+  std::vector<uint8_t> blank_unit(Mp * 4, 0xff);
+  GlobalBuffer to_codes("prepared codes", blank.data(), blank.size());
+  GlobalBuffer to_scale("prepared scale", blank_scale.data(), blank_scale.size());
+  GlobalBuffer to_sums("prepared sums", blank_sums.data(), blank_sums.size());
+  GlobalBuffer to_unit("prepared unit", blank_unit.data(), blank_unit.size());
+  GlobalBuffer y("y", c.y, c.M * c.N * float_bytes(c.y_type));
+  PrepareParams prepare = {};
+  prepare.source.x = x.get();
+  prepare.source.codes = static_cast<const int8_t*>(codes.get());
+  prepare.source.token_scale = static_cast<const float*>(scale.get());
+  prepare.source.group_sum = static_cast<const int32_t*>(sums.get());
+  prepare.source.x_stride = c.x_stride;
+  prepare.source.M = static_cast<int>(c.M);
+  prepare.source.K = static_cast<int>(c.K);
+  prepare.source.G = static_cast<int>(G);
+  prepare.source.x_type = static_cast<Float>(c.x_type);
+  prepare.source.aligned = c.aligned != 0;
+  prepare.to = {static_cast<uint8_t*>(to_codes.get()), static_cast<float*>(to_scale.get()),
+                static_cast<uint32_t*>(to_sums.get()), static_cast<float*>(to_unit.get()), static_cast<int>(Mp),
+                static_cast<int>(Gp)};
+  if (const int failed = launch_prepare(prepare, nullptr)) return failed;
+  BatchParams p = {};
+  p.tiles = static_cast<const uint8_t*>(tiles.get());
+  p.row_index = static_cast<const int32_t*>(rows.get());
+  p.tile_table = static_cast<const int32_t*>(table.get());
+  p.tokens = prepare.to;
+  p.bias = bias.get();
+  p.y = y.get();
+  p.M = static_cast<int>(c.M);
+  p.N = static_cast<int>(c.N);
+  p.G = static_cast<int>(G);
+  p.T = static_cast<int>(c.T);
+  p.bias_type = static_cast<Float>(c.bias_type);
+  p.y_type = static_cast<Float>(c.y_type);
+  return c.together == 64 ? launch_batch<64>(p, c.clusters, nullptr) : launch_batch<128>(p, c.clusters, nullptr);
 }
 
 int emulated_quantize(const QuantizeCall* call) {

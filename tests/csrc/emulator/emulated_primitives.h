@@ -12,6 +12,13 @@ constexpr bool kHopper = __CUDA_ARCH__ >= 900;
 inline void barrier_init(uint32_t barrier, uint32_t count) { emulator::barrier_init(barrier, count); }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier, Scope::kOwn); }
+inline void barrier_arrive(uint32_t barrier, uint32_t count) {
+  emulator::barrier_arrive(barrier, Scope::kOwn, count);
+}
+inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  emulator::barrier_expect(barrier, bytes, Scope::kOwn);
+  emulator::barrier_arrive(barrier, Scope::kOwn);
+}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
 
 // --- copies from global to shared memory -----------------------------------------------------------------------------
@@ -46,13 +53,14 @@ inline void cluster_wait() {
 inline uint32_t cluster_map(uint32_t address, int rank) {
   return kHopper ? emulator::map_address(address, static_cast<uint32_t>(rank)) : address;
 }
-inline float cluster_load(uint32_t address) {
-  float value;
-  memcpy(&value, emulator::shared_pointer(address, 4, 4, Scope::kCluster, "cluster_load"), 4);
-  return value;
+inline void cluster_push(uint32_t mapped_address, float value, uint32_t mapped_barrier) {
+  emulator::store_async(mapped_address, &value, sizeof value, mapped_barrier);
 }
-inline void cluster_arrive_at(uint32_t mapped_barrier) { emulator::barrier_arrive(mapped_barrier, Scope::kCluster); }
-inline void cluster_barrier_wait(uint32_t barrier, uint32_t parity) { emulator::barrier_wait(barrier, parity); }
+
+// --- launches that overlap: here one kernel runs after another --------------------------------------------------------
+
+inline void start_next() {}
+inline void wait_for_previous() {}
 
 // --- tensor cores --------------------------------------------------------------------------------------------------
 
@@ -96,3 +104,5 @@ inline void multiply(int (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
 inline void named_barrier(int id, int threads) { emulator::block_barrier(id, threads); }
 
 }  // namespace torchmix
+
+#include "emulated_wgmma.h"

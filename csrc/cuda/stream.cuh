@@ -1,0 +1,429 @@
+// mixed_linear for few tokens: the time is that of reading the weights once.
+//
+// A block takes tiles of 32 rows, one after another. Its producer warp streams them through a ring of slots without a
+// pause between tiles; the other 16 warps multiply them on the tensor cores by activations that stay in shared memory.
+// Warp w % 2 has 16 of the 32 rows, warp w / 2 every eighth group of inputs (a lane); the sums of the lanes are added up
+// at the end of a tile, in a fixed order, so repeated runs give the same bits. Where tiles are few, or the activations
+// of all inputs do not fit, the blocks of a cluster share a tile and each takes a part of the inputs; then one of them,
+// in turn, collects the sums, a tile later so that it need not wait.
+//
+// Shapes: M tokens, N rows, K inputs, G groups of 128 inputs, T tiles; NT tiles of 8 tokens.
+#pragma once
+
+#include "common.cuh"
+#include "launch_choice.h"
+#include "quantize.cuh"
+
+namespace torchmix {
+
+constexpr int kLanes = kStreamLanes;
+constexpr int kConsumers = 64 * kLanes;  // threads that multiply
+constexpr int kSlotBytes = kStreamSlotBytes;
+constexpr int kMaxSlots = kStreamMostSlots;
+constexpr int kSumStride = kTileRows + 4;  // floats; 36 keeps the 32 threads of a store on 32 banks
+constexpr int kHeadBytes = 1024;           // barriers
+constexpr int kIndexBuffers = 3;
+constexpr int kNarrowBits = 4;
+
+struct StreamParams {
+  const uint8_t* tiles;
+  const int32_t* row_index;   // (T * 32)
+  const int32_t* tile_table;  // (T, 3): offset / 16, bits, number of tiles above 4 bits
+  const void* x;              // (M, K), or
+  const int8_t* codes;        // (M, K) with
+  const float* token_scale;   // (M, G) and
+  const int32_t* group_sum;   // (M, G)
+  const void* bias;           // (N) or null
+  void* y;                    // (M, N)
+  int64_t x_stride;
+  int M, N, K, G, T;
+  int together;  // tokens of a pass over the weights; passes are gridDim.y
+  int slots;
+  Float x_type, bias_type, y_type;
+  bool aligned;  // rows of x, or of codes, start at multiples of four values in memory
+};
+
+// Which tiles a cluster gets. Tiles above 4 bits come first in the table and take up to twice the time; they are dealt
+// out in turn, then the clusters that got one less catch up with two narrow tiles, then the rest is dealt out in turn.
+struct Deal {
+  int cluster, clusters, wide, tiles, own, rest, behind;
+
+  __device__ __forceinline__ Deal(int cluster, int clusters, int wide, int tiles)
+      : cluster(cluster), clusters(clusters), wide(wide), tiles(tiles) {
+    rest = wide % clusters;
+    own = cluster < wide ? (wide - cluster + clusters - 1) / clusters : 0;
+    behind = rest > 0 ? clusters - rest : 0;
+  }
+
+  __device__ __forceinline__ int tile(int i) const {
+    if (i < own) return cluster + i * clusters;
+    i -= own;
+    if (behind > 0 && cluster >= rest) {
+      if (i < 2) return min(wide + (cluster - rest) + i * behind, tiles);
+      i -= 2;
+    }
+    return min(wide + 2 * behind + cluster + i * clusters, tiles);
+  }
+};
+
+// A place in the ring and the parity of its use.
+struct Ring {
+  int slot = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance(int by, int slots) {
+    slot += by;
+    while (slot >= slots) {
+      slot -= slots;
+      phase ^= 1;
+    }
+  }
+};
+
+// The 16 registers of codes of a warp's 16 x 128 part of a block, from its planes (layout: torchmix/tiles.py).
+template <int BITS>
+__device__ __forceinline__ void load_codes(uint32_t (&a)[16], const uint8_t* block, int slice, int lane) {
+  if constexpr (BITS == 8) {
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      const uint4 v = *reinterpret_cast<const uint4*>(block + 2048 * slice + 512 * s + 16 * lane);
+      a[4 * s] = v.x, a[4 * s + 1] = v.y, a[4 * s + 2] = v.z, a[4 * s + 3] = v.w;
+    }
+    return;
+  }
+  if constexpr (BITS >= 4) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint4 v = *reinterpret_cast<const uint4*>(block + 1024 * slice + 512 * half + 16 * lane);
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        a[8 * half + 2 * i] = words[i] & 0x0f0f0f0fu;
+        a[8 * half + 2 * i + 1] = (words[i] >> 4) & 0x0f0f0f0fu;
+      }
+    }
+  }
+  if constexpr (BITS == 6 || BITS == 3) {
+    constexpr int kShift = BITS == 6 ? 4 : 0;
+    const uint8_t* plane = BITS == 6 ? block + 2048 : block;
+    const uint4 v = *reinterpret_cast<const uint4*>(plane + 512 * slice + 16 * lane);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      const uint32_t codes = ((words[j / 4] >> (2 * (j % 4))) & 0x03030303u) << kShift;
+      a[j] = BITS == 6 ? a[j] | codes : codes;
+    }
+  }
+  if constexpr (BITS == 5 || BITS == 3) {
+    constexpr int kShift = BITS == 5 ? 4 : 2;
+    const uint8_t* plane = BITS == 5 ? block + 2048 : block + 1024;
+    const uint2 v = *reinterpret_cast<const uint2*>(plane + 256 * slice + 8 * lane);
+    const uint32_t words[2] = {v.x, v.y};
+#pragma unroll
+    for (int j = 0; j < 16; j++) a[j] |= ((words[j / 8] >> (j % 8)) & 0x01010101u) << kShift;
+  }
+}
+
+// Activations in shared memory: of each group first k steps 0 and 1 of all tokens, then 2 and 3; a token has 64 bytes
+// there, 16 for each quarter of a warp's row of threads. Scales and sums lie in fours: {scale, scale, sum, sum} of two
+// tokens, for all tokens of the tiles.
+struct Activations {
+  uint8_t* codes;
+  float4* params;
+  int tokens;
+
+  __device__ __forceinline__ uint8_t* code(int group, int half, int token, int quarter) const {
+    return codes + (group * 2 + half) * tokens * 64 + token * 64 + quarter * 16;
+  }
+};
+
+// Adds one group of inputs of 16 rows to the float sums of all tokens.
+template <int BITS, int NT>
+__device__ __forceinline__ void add_group(float (&sums)[NT][4], const uint32_t (&a)[16], uint32_t scales,
+                                          uint32_t zeros, const Activations& activations, int group, int lane) {
+  const float scale_low = __uint_as_float(scales << 16), scale_high = __uint_as_float(scales & 0xffff0000u);
+  const int zero_low = zeros & 0xff, zero_high = zeros >> 8;
+#pragma unroll
+  for (int t = 0; t < NT; t++) {
+    const int token = min(8 * t + lane / 4, activations.tokens - 1);  // columns beyond the last token are not stored
+    int d[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint4 b = *reinterpret_cast<const uint4*>(activations.code(group, half, token, lane % 4));
+      multiply<BITS == 8>(d, a + 8 * half, b.x, b.y);
+      multiply<BITS == 8>(d, a + 8 * half + 4, b.z, b.w);
+    }
+    const float4 meta = activations.params[(group * NT + t) * 4 + lane % 4];
+    if constexpr (BITS != 8) {
+      const int sum0 = __float_as_int(meta.z), sum1 = __float_as_int(meta.w);
+      d[0] -= zero_low * sum0, d[1] -= zero_low * sum1;
+      d[2] -= zero_high * sum0, d[3] -= zero_high * sum1;
+    }
+    sums[t][0] = fmaf(static_cast<float>(d[0]) * scale_low, meta.x, sums[t][0]);
+    sums[t][1] = fmaf(static_cast<float>(d[1]) * scale_low, meta.y, sums[t][1]);
+    sums[t][2] = fmaf(static_cast<float>(d[2]) * scale_high, meta.x, sums[t][2]);
+    sums[t][3] = fmaf(static_cast<float>(d[3]) * scale_high, meta.y, sums[t][3]);
+  }
+}
+
+// One group of one slot: codes and parameters to registers, the slot given back, then the arithmetic.
+template <int BITS, int NT>
+__device__ __forceinline__ void consume(float (&sums)[NT][4], const uint8_t* block, uint32_t empty, uint32_t arrivals,
+                                        const Activations& activations, int group, int slice, int lane) {
+  uint32_t a[16];
+  load_codes<BITS>(a, block, slice, lane);
+  const int pair = 8 * slice + lane / 4;
+  const uint32_t scales = *reinterpret_cast<const uint32_t*>(block + 512 * BITS + 4 * pair);
+  const uint32_t zeros = *reinterpret_cast<const uint16_t*>(block + 512 * BITS + 64 + 2 * pair);
+  __syncwarp();
+  if (lane == 0) barrier_arrive(empty, arrivals);
+  add_group<BITS, NT>(sums, a, scales, zeros, activations, group, lane);
+}
+
+// This block's activations to shared memory in the order of B fragments; quantized here if asked for.
+template <int NT, bool QUANTIZE>
+__device__ __forceinline__ void load_activations(const StreamParams& p, const Activations& to, int first_token,
+                                                 int first_group, int groups, int warp, int lane) {
+  constexpr int kBatch = 4, kWarps = kConsumers / 32;  // loads in flight
+  float* params = reinterpret_cast<float*>(to.params);
+  const int tasks = to.tokens * groups;
+  for (int start = warp; start < tasks; start += kBatch * kWarps) {
+    float4 v[kBatch];
+    uint32_t codes[kBatch];
+    float scales[kBatch];
+    int sums[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int task = start + i * kWarps, token = task % to.tokens, group = task / to.tokens;
+      if (task >= tasks) continue;
+      const int k = (first_group + group) * kGroup + 4 * lane;
+      if constexpr (QUANTIZE) {
+        v[i] = load_four(p.x, (first_token + token) * p.x_stride, k, p.K, p.x_type, p.aligned);
+        continue;
+      }
+      const int8_t* row = p.codes + static_cast<int64_t>(first_token + token) * p.K;
+      codes[i] = 0;
+      if (p.aligned && k + 3 < p.K) {
+        codes[i] = *reinterpret_cast<const uint32_t*>(row + k);
+      } else {
+        for (int m = 0; m < 4; m++) {
+          if (k + m < p.K) codes[i] |= static_cast<uint32_t>(static_cast<uint8_t>(row[k + m])) << (8 * m);
+        }
+      }
+      const int64_t at = static_cast<int64_t>(first_token + token) * p.G + first_group + group;
+      scales[i] = p.token_scale[at];
+      sums[i] = p.group_sum[at];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) {
+      const int task = start + i * kWarps, token = task % to.tokens, group = task / to.tokens;
+      if (task >= tasks) continue;
+      if constexpr (QUANTIZE) {
+        const Quantizer quantizer(__reduce_max_sync(0xffffffffu, largest_of(v[i])));
+        codes[i] = quantizer.codes(v[i].x, v[i].y, v[i].z, v[i].w);
+        scales[i] = quantizer.scale;
+        sums[i] = __reduce_add_sync(0xffffffffu, sum_of_codes(codes[i]));
+      }
+      // this thread's word is k step s, half h, quarter q of the group: lane = 8 s + 4 h + q
+      const int s = lane / 8, h = lane / 4 % 2, q = lane % 4;
+      *reinterpret_cast<uint32_t*>(to.code(group, s / 2, token, q) + 8 * (s % 2) + 4 * h) = codes[i];
+      if (lane == 0) {
+        float* meta = params + (group * NT + token / 8) * 16 + 4 * (token % 8 / 2) + token % 2;
+        meta[0] = scales[i];
+        meta[2] = __int_as_float(sums[i]);
+      }
+    }
+  }
+}
+
+// Groups of inputs in one slot.
+__device__ __forceinline__ int groups_per_slot(int bits) { return bits > kNarrowBits ? 2 : 4; }
+
+// Streams this block's part of its tiles into the ring; runs in one warp.
+__device__ __forceinline__ void produce(const StreamParams& p, const Deal& deal, int first_group, int groups,
+                                        uint32_t ring, uint32_t full, uint32_t empty, int lane) {
+  Ring at;
+  int tile = deal.tile(0);
+  int offset = 0, bits = 0;
+  if (tile < p.T) offset = __ldg(p.tile_table + 3 * tile), bits = __ldg(p.tile_table + 3 * tile + 1);
+  for (int i = 1; tile < p.T; i++) {
+    const int following = deal.tile(i);
+    int next_offset = 0, next_bits = 0;  // asked for now, so that the next tile need not wait for them
+    if (following < p.T) {
+      next_offset = __ldg(p.tile_table + 3 * following);
+      next_bits = __ldg(p.tile_table + 3 * following + 1);
+    }
+    const int bytes = 512 * bits + kParamBytes, per_slot = groups_per_slot(bits);
+    const uint8_t* from = p.tiles + 16 * static_cast<int64_t>(offset) + static_cast<int64_t>(first_group) * bytes;
+    for (int g = 0; g < groups; g += per_slot) {
+      const int size = min(per_slot, groups - g) * bytes;
+      barrier_wait(empty + 8 * at.slot, at.phase ^ 1);
+      __syncwarp();  // a thread that came late would wait for a phase that is over
+      copy_async(ring + at.slot * kSlotBytes, from, size, full + 8 * at.slot, lane);
+      at.advance(1, p.slots);
+      from += size;
+    }
+    tile = following, offset = next_offset, bits = next_bits;
+  }
+}
+
+// Multiplies this block's groups of one tile; `at` is the tile's first slot.
+template <int NT>
+__device__ __forceinline__ void multiply_tile(float (&sums)[NT][4], const StreamParams& p, int bits, int groups,
+                                              Ring at, const uint8_t* ring, uint32_t full, uint32_t empty,
+                                              const Activations& activations, int slice, int my_lane, int lane) {
+  const int per_slot = groups_per_slot(bits), sets = kLanes / per_slot, bytes = 512 * bits + kParamBytes;
+  const uint32_t arrivals = sets == 2 ? 1 : 2;  // of each warp: eight for every slot, whoever reads it
+  const int inside = my_lane % per_slot;
+  at.advance(my_lane / per_slot, p.slots);
+  for (int first = my_lane / per_slot * per_slot; first < groups; first += kLanes) {
+    barrier_wait(full + 8 * at.slot, at.phase);
+    const int g = first + inside;
+    const uint8_t* block = ring + at.slot * kSlotBytes + inside * bytes;
+    const uint32_t free = empty + 8 * at.slot;
+    if (g >= groups) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(free, arrivals);
+    } else if (bits == 4) {
+      consume<4, NT>(sums, block, free, arrivals, activations, g, slice, lane);
+    } else if (bits == 8) {
+      consume<8, NT>(sums, block, free, arrivals, activations, g, slice, lane);
+    } else if (bits == 3) {
+      consume<3, NT>(sums, block, free, arrivals, activations, g, slice, lane);
+    } else if (bits == 5) {
+      consume<5, NT>(sums, block, free, arrivals, activations, g, slice, lane);
+    } else {
+      consume<6, NT>(sums, block, free, arrivals, activations, g, slice, lane);
+    }
+    at.advance(sets, p.slots);
+  }
+}
+
+template <int NT, bool QUANTIZE, bool CLUSTER>
+__global__ void __launch_bounds__(kConsumers + 32, NT == 1 ? 2 : 1)
+    stream_kernel(const __grid_constant__ StreamParams p) {
+  constexpr int kTokens = 8 * NT, kSums = kTokens * kSumStride;  // floats of one lane or block
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int blocks = CLUSTER ? cluster_size() : 1, rank = CLUSTER ? cluster_rank() : 0;
+  const int first_group = rank * p.G / blocks, groups = (rank + 1) * p.G / blocks - first_group;
+  const int most_groups = (p.G + blocks - 1) / blocks;
+  const int first_token = blockIdx.y * p.together, tokens = min(p.together, p.M - first_token);
+
+  const uint32_t full = smem_address(shared), empty = full + 8 * kMaxSlots, arrived = empty + 8 * kMaxSlots;
+  int* index = reinterpret_cast<int*>(shared + kHeadBytes);
+  float* lane_sums = reinterpret_cast<float*>(index + kIndexBuffers * kTileRows);
+  float* block_sums = lane_sums + 2 * kLanes * kSums;
+  uint8_t* rest = reinterpret_cast<uint8_t*>(block_sums + (CLUSTER ? 2 * blocks * kSums : 0));
+  const Activations activations = {rest, reinterpret_cast<float4*>(rest + most_groups * p.together * 128), tokens};
+  const uint8_t* ring = shared + stream_fixed_bytes(p.together, blocks, most_groups);
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.slots; i++) {
+      barrier_init(full + 8 * i, kCopyArrivals);
+      barrier_init(empty + 8 * i, 8);
+    }
+    barrier_init(arrived, 1);
+    barrier_init(arrived + 8, 1);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if constexpr (CLUSTER) cluster_arrive();
+  start_next();
+  wait_for_previous();
+
+  const int cluster = blockIdx.x / blocks;
+  const int wide = cluster < p.T ? __ldg(p.tile_table + 3 * cluster + 2) : 0;
+  const Deal deal(cluster, gridDim.x / blocks, wide, p.T);
+  if (warp == kConsumers / 32) {
+    produce(p, deal, first_group, groups, smem_address(ring), full, empty, lane);
+    if constexpr (CLUSTER) cluster_wait();
+    return;
+  }
+
+  load_activations<NT, QUANTIZE>(p, activations, first_token, first_group, groups, warp, lane);
+  named_barrier(1, kConsumers);
+  const int slice = warp % 2, my_lane = warp / 2, outputs = kTileRows * tokens;
+  const uint32_t block_sums_at = smem_address(block_sums);
+
+  auto store = [&](int i, int e, float total) {
+    const int n = index[i % kIndexBuffers * kTileRows + e % kTileRows];
+    if (n < 0) return;
+    if (p.bias != nullptr) total += load_float(p.bias, n, p.bias_type);
+    store_float(p.y, static_cast<int64_t>(first_token + e / kTileRows) * p.N + n, p.y_type, total);
+  };
+  // the collecting block's part: adds up what all blocks have for tile i, itself included
+  auto collect = [&](int i) {
+    const int use = i / blocks, buffer = use % 2;
+    barrier_wait(arrived + 8 * buffer, use / 2 % 2);
+    for (int e = threadIdx.x; e < outputs; e += kConsumers) {
+      float total = 0.0f;
+      for (int b = 0; b < blocks; b++) {
+        total += block_sums[(buffer * blocks + b) * kSums + e / kTileRows * kSumStride + e % kTileRows];
+      }
+      store(i, e, total);
+    }
+  };
+
+  Ring at;
+  int tile = deal.tile(0), i = 0, collecting = -1;
+  int bits = tile < p.T ? __ldg(p.tile_table + 3 * tile + 1) : 0;
+  for (; tile < p.T; i++) {
+    const int following = deal.tile(i + 1);
+    const int next_bits = following < p.T ? __ldg(p.tile_table + 3 * following + 1) : 0;
+    if (threadIdx.x < kTileRows) {
+      index[i % kIndexBuffers * kTileRows + threadIdx.x] = __ldg(p.row_index + tile * kTileRows + threadIdx.x);
+    }
+    float sums[NT][4];
+#pragma unroll
+    for (int t = 0; t < NT; t++) sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = 0.0f;
+    multiply_tile<NT>(sums, p, bits, groups, at, ring, full, empty, activations, slice, my_lane, lane);
+    at.advance((groups + groups_per_slot(bits) - 1) / groups_per_slot(bits), p.slots);
+
+    // two buffers: who writes this one has seen everybody pass the barrier of the tile between
+    float* mine = lane_sums + (i % 2 * kLanes + my_lane) * kSums + 16 * slice + lane / 4;
+#pragma unroll
+    for (int t = 0; t < NT; t++) {
+      const int token = 8 * t + 2 * (lane % 4);
+      mine[token * kSumStride] = sums[t][0];
+      mine[(token + 1) * kSumStride] = sums[t][1];
+      mine[token * kSumStride + 8] = sums[t][2];
+      mine[(token + 1) * kSumStride + 8] = sums[t][3];
+    }
+    named_barrier(1, kConsumers);
+    const int collector = CLUSTER ? i % blocks : 0, buffer = i / blocks % 2;
+    if constexpr (CLUSTER) {
+      if (i == 0) cluster_wait();  // the other blocks' barriers exist
+      // before anything is pushed for this tile: so a block that has collected the sums of a later tile knows that
+      // all others have emptied the buffers of this one, and buffers may be filled again after 2 * blocks tiles
+      if (collecting >= 0) collect(collecting);
+      collecting = rank == collector ? i : -1;
+      if (collecting >= 0 && threadIdx.x == 0) barrier_expect(arrived + 8 * buffer, (blocks - 1) * outputs * 4);
+    }
+    for (int e = threadIdx.x; e < outputs; e += kConsumers) {
+      const int place = e / kTileRows * kSumStride + e % kTileRows;
+      const float* parts = lane_sums + i % 2 * kLanes * kSums + place;
+      float total = parts[0];
+#pragma unroll
+      for (int l = 1; l < kLanes; l++) total += parts[l * kSums];
+      if constexpr (!CLUSTER) {
+        store(i, e, total);
+      } else {
+        const int there = (buffer * blocks + rank) * kSums + place;
+        if (rank == collector) {
+          block_sums[there] = total;  // read by this same thread
+        } else {
+          cluster_push(cluster_map(block_sums_at + 4 * there, collector), total,
+                       cluster_map(arrived + 8 * buffer, collector));
+        }
+      }
+    }
+    tile = following, bits = next_bits;
+  }
+  if constexpr (CLUSTER) {
+    if (i == 0) cluster_wait();
+    if (collecting >= 0) collect(collecting);
+  }
+}
+
+}  // namespace torchmix

@@ -1,0 +1,13 @@
+// stream_kernel for up to 32 tokens at once.
+#include "stream_launch.h"
+
+namespace torchmix {
+
+template <>
+cudaError_t launch_stream<4>(const StreamParams& params, const StreamChoice& choice, const DeviceLimits& device,
+                             bool quantize, cudaStream_t stream) {
+  if (quantize) return cudaErrorInvalidValue;  // so many tokens come quantized
+  return launch_stream_kernel<4, false>(params, choice, device, stream);
+}
+
+}  // namespace torchmix
