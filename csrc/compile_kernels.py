@@ -185,6 +185,7 @@ def _cpu_toolchain(settings: Settings, torch: Torch, root: Path) -> Toolchain:
     if cxx is None:
         raise BuildError(f"no C++ compiler was found ({os.environ.get('CXX') or 'g++, clang++'})")
     command = [*cxx, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    command.append("-ffp-contract=off")  # the formula of the activations' codes rounds every product
     command += _torch_flags(torch, root)
     libraries = (f"-L{torch.root / 'lib'}", "-ltorch_cpu")
     return Toolchain((*command, "-c"), (*cxx, "-shared"), libraries, f"{_version(cxx)}\n{torch.version}")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from torchmix import _extension
 from torchmix._extension import KernelLibrary, KernelStatus, disable_kernels, kernel_status, kernels_available
-from torchmix.ops import mixed_linear, quantize_activation
+from torchmix.ops import mixed_linear, mixed_linear_quantized, quantize_activation
 from torchmix.tensor import MixedPrecisionTensor
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +129,7 @@ def test_disable_kernels_holds_for_its_thread_only() -> None:
 
 @pytest.fixture
 def kernel_calls() -> Iterator[list[str]]:
-    """CPU kernels for two ops: one gives codes 1, the other notes its call and gives zeros."""
+    """CPU kernels for two ops, of which a third consists: one gives codes 1, the other zeros; both note their calls."""
     calls: list[str] = []
 
     def quantize(x: Tensor, group_size: int, per_token: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +141,18 @@ def kernel_calls() -> Iterator[list[str]]:
         calls.append("mixed_linear_quantized")
         return codes.new_zeros((len(codes), len(args[5])), dtype=args[-1])
 
-    with torch.library._scoped_library("torchmix", "IMPL") as library:
+    def both(x: Tensor, *args: Any) -> Tensor:
+        inner, group_size, per_token = args[:5], args[5], args[6] if len(args) > 6 else False
+        parts = quantize_activation(x, group_size, per_token)
+        return mixed_linear_quantized(*parts, *inner, group_size, x.dtype)
+
+    with warnings.catch_warnings(), torch.library._scoped_library("torchmix", "IMPL") as library:
+        warnings.filterwarnings(
+            "ignore", message="Warning only once for all operators"
+        )  # compiled ones give way
         library.impl("quantize_activation", quantize, "CPU")
         library.impl("mixed_linear_quantized", linear, "CPU")
+        library.impl("mixed_linear", both, "CPU")
         yield calls
 
 

@@ -9,6 +9,7 @@ then runs on its PyTorch reference, and ``_build_notes.json`` says why kernels w
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import warnings
@@ -83,6 +84,20 @@ def kernels_available(device_type: str) -> bool:
 def kernel_status() -> KernelStatus:
     """The libraries found when torchmix was imported, and whether the caller has switched them off."""
     return KernelStatus(_LIBRARIES, disabled=_DISABLED.get(), notes=_NOTES)
+
+
+def cpu_capability() -> str | None:
+    """Which implementation of the CPU kernels runs: "avx512_vnni", "avx2" or "portable".
+
+    None without CPU kernels, or where ``TORCHMIX_CPU_CAPABILITY`` names one that cannot run here; ops then raise.
+    """
+    found = [library for library in _LIBRARIES if library.device_type == "cpu" and library.error is None]
+    if not found:
+        return None
+    function = ctypes.CDLL(str(found[0].path)).torchmix_cpu_capability
+    function.restype = ctypes.c_char_p
+    name = function()
+    return None if name is None else str(name.decode())
 
 
 @contextmanager

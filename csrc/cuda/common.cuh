@@ -65,8 +65,12 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t count) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0], %1;\n}" ::"r"(barrier), "r"(count)
                : "memory");
+#else
+  for (uint32_t i = 0; i < count; i++) barrier_arrive(barrier);
+#endif
 }
 
 // Arrives, and makes the phase wait for so many more bytes that others send.

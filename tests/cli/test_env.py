@@ -34,6 +34,19 @@ def test_a_kernel_that_failed_to_load_says_why(run: Run, monkeypatch: pytest.Mon
     assert "reference" in out
 
 
+@pytest.mark.parametrize(
+    "capability, expected", [("avx2", "live, avx2"), (None, "avx3 names nothing that can run")]
+)
+def test_instructions_of_the_cpu_kernels_are_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capability: str | None, expected: str
+) -> None:
+    status = KernelStatus((KernelLibrary(Path("_C.so"), "cpu"),))
+    monkeypatch.setattr("torchmix._extension.kernel_status", lambda: status)
+    monkeypatch.setattr("torchmix._extension.cpu_capability", lambda: capability)
+    monkeypatch.setenv("TORCHMIX_CPU_CAPABILITY", "avx3")
+    assert expected in run("env")[1]
+
+
 def test_machines_without_cpuinfo_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: object, **options: object) -> None:
         raise FileNotFoundError

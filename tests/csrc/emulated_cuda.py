@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import toolchain
 import torch
@@ -24,6 +26,7 @@ from torchmix.tiles import GROUP_SIZE, Tiles
 ROOT = Path(__file__).parents[2]
 KERNELS, EMULATOR = ROOT / "csrc" / "cuda", Path(__file__).parent / "emulator"
 ARCHITECTURES = (800, 900)
+PIECES = (64, 128)  # tokens of a piece of batch_kernel
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Undefined behaviour, such as a misaligned vector load, traps; faults.cpp makes an error of it.
 CHECKS = "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
@@ -60,6 +63,8 @@ class QuantizeCall(ctypes.Structure):
 class Stream:
     """How ``stream_kernel`` is launched: ``StreamChoice`` of launch_choice.h, clusters, and the machine's seed.
 
+    together: tokens that go through the weights together; those of :data:`PIECES` stand for ``batch_kernel``, whose
+    blocks are as many as ``clusters`` says.
     lanes_apart: lanes of a warp may go apart wherever the kernel does not bring them together. A GPU may do so, but
     after a loop or a branch it hardly ever does.
     """
@@ -70,7 +75,7 @@ class Stream:
     clusters: int = 1
     seed: int = 0
     arch: int = 900
-    lanes_apart: bool = True
+    lanes_apart: bool = False
 
 
 DEFAULT = Stream()
@@ -78,6 +83,8 @@ DEFAULT = Stream()
 
 def why_unavailable() -> str | None:
     """Why kernels cannot be emulated here; None where they can."""
+    if not (KERNELS / "stream.cuh").is_file():
+        return "csrc/cuda has no kernels"
     return None if _compiler() is not None else "no C++ compiler was found ($CXX, g++)"
 
 
@@ -89,7 +96,7 @@ def stream(
     dtype: torch.dtype = torch.float32,
     how: Stream = DEFAULT,
 ) -> Tensor:
-    """Run ``stream_kernel`` on x (M, K), or on its codes, scales and sums.
+    """Run ``stream_kernel`` or ``batch_kernel`` on x (M, K), or on its codes, scales and sums.
 
     Raises:
         EmulatedError: a deadlock, memory that is not there, or the like.
@@ -113,7 +120,8 @@ def stream(
         call.bias, call.bias_type = bias.data_ptr(), FLOATS[bias.dtype]
     y = torch.full((call.M, out_features), torch.nan, dtype=dtype)
     call.y, call.y_type = y.data_ptr(), FLOATS[dtype]
-    _run(how.arch, "emulated_batch" if how.together > 32 else "emulated_stream", call)
+    function = "emulated_batch" if how.together in PIECES else "emulated_stream"
+    _check(how.arch, function, ctypes.byref(call))
     return y
 
 
@@ -130,14 +138,42 @@ def quantize(
     call = QuantizeCall(
         *pointers, x.stride(0), tokens, inputs, group_size, FLOATS[x.dtype], aligned, per_token, seed
     )
-    _run(arch, "emulated_quantize", call)
+    _check(arch, "emulated_quantize", ctypes.byref(call))
     return codes, scale, group_sum
 
 
-def _run(arch: int, function: str, call: ctypes.Structure) -> None:
+class Choice(NamedTuple):
+    """``StreamChoice`` of launch_choice.h, and the shared memory that a block takes beside the slots."""
+
+    tokens: int
+    blocks: int
+    slots: int
+    fixed_bytes: int
+
+
+def choose_stream(
+    tokens: int, groups: int, tiles: int, multiprocessors: int, shared_bytes: int, clusters: bool
+) -> Choice:
+    """``choose_stream`` of launch_choice.h."""
+    result = (ctypes.c_int32 * 4)()
+    choose = _load(build(900)).emulated_choose_stream
+    choose(ctypes.c_int64(tokens), groups, tiles, multiprocessors, shared_bytes, clusters, result)
+    return Choice(*result)
+
+
+def selftest(name: str, seed: int = 0) -> Tensor:
+    """Run one of the small kernels of ``selftest.cu``: its 64 results, int32."""
+    source, result = torch.arange(512).to(torch.uint8), torch.full((64,), -1, dtype=torch.int32)
+    _check(900, "emulated_selftest", name.encode(), ctypes.c_uint64(seed), source, result)
+    return result
+
+
+def _check(arch: int, function: str, *arguments: object) -> None:
+    """Call a function of the library, with tensors as pointers. Raises EmulatedError where it does not return 0."""
     path = build(arch)
     library = _load(path)
-    if getattr(library, function)(ctypes.byref(call)) == 0:
+    plain = [ctypes.c_void_p(part.data_ptr()) if isinstance(part, Tensor) else part for part in arguments]
+    if getattr(library, function)(*plain) == 0:
         return
     text = library.emulated_error().decode()
     found = re.search(r"at code offset (0x[0-9a-f]+)", text)
@@ -176,12 +212,13 @@ def build(arch: int) -> Path:
     sources = folder / "translated"
     sources.mkdir(parents=True, exist_ok=True)
     translated = {path.name: translate(path) for path in sorted(KERNELS.glob("*.*h"))}
-    translated |= {path.name: translate(path) for path in sorted(KERNELS.glob("*_*.cu")) if path.name.startswith(("stream", "batch"))}
-    translated["prepare.cu"] = translate(KERNELS / "prepare.cu")
+    for pattern in ("stream_*.cu", "batch_*.cu", "prepare.cu"):
+        translated |= {path.name: translate(path) for path in sorted(KERNELS.glob(pattern))}
     translated["quantize_kernels.h"] = quantize_kernels()
+    translated["selftest.cu"] = translate(EMULATOR / "selftest.cu")
     for name, text in translated.items():
         _write(sources / name, text)
-    machine = [EMULATOR / name for name in ("machine.cpp", "shared_memory.cpp", "faults.cpp")]
+    machine = [EMULATOR / name for name in ("machine.cpp", "together.cpp", "shared_memory.cpp", "faults.cpp")]
     kernels = [EMULATOR / "driver.cpp", *(sources / name for name in translated if name.endswith(".cu"))]
     device_flags = (*DEVICE_FLAGS, f"-D__CUDA_ARCH__={arch}", f"-I{EMULATOR}", f"-I{sources}")
     own = [path.read_text() for path in sorted(EMULATOR.glob("*"))]
@@ -207,7 +244,7 @@ def _compile(source: Path, flags: tuple[str, ...], texts: list[str], folder: Pat
 def _compiled(arguments: tuple[str, ...], target: Path) -> None:
     compiler = _compiler()
     assert compiler is not None, why_unavailable()
-    temporary = target.with_suffix(".tmp")
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
     command = [*compiler, *arguments, "-o", str(temporary)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -221,7 +258,9 @@ def _digest(words: list[str], texts: list[str]) -> str:
 
 def _write(path: Path, text: str) -> None:
     if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def translate(path: Path) -> str:

@@ -20,9 +20,12 @@ def oracle(x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool
 
 
 def _sums(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool, offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, sum of magnitudes, and that sum where code products and zero points are added up apart."""
+    """Result, sum of magnitudes, and that sum where code products and zero points are added up apart.
+
+    offsets (N,): what a kernel adds to the centered codes and takes away again at the end, instead of zero points.
+    """
     size, in_features = weight.group_size, weight.codes.shape[1]
     values, centered = x.float().numpy(), weight.centered.double().numpy()
     zero_points, scale = weight.zero_points.double().numpy(), weight.scale.double().numpy()
@@ -35,7 +38,8 @@ def _sums(
         codes = np.rint(values[:, part] * (np.float32(127) / absmax)).clip(-127, 127).astype(np.float64)
         factor = (absmax / np.float32(127)).astype(np.float64) * scale[:, g]
         dots = codes @ centered[:, part].T
-        correction = codes.sum(1, keepdims=True) * zero_points[:, g]
+        moved = zero_points[:, g] if offsets is None else offsets.double().numpy()
+        correction = codes.sum(1, keepdims=True) * moved
         total, magnitude = total + dots * factor, magnitude + np.abs(dots * factor)
         apart += (np.abs(dots + correction) + np.abs(correction)) * factor
     if bias is not None:
@@ -60,6 +64,20 @@ def assert_close_to_exact(
     """
     expected, _, magnitude = _sums(x, weight, bias, per_token)
     _check(y, expected, (2 * weight.scale.shape[1] + 3) * 2.0**-24 * magnitude)
+
+
+def assert_close_with_offsets(
+    y: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, per_token: bool
+) -> None:
+    """A kernel that makes all weights positive by an offset, 128 for 8 bits and 16 to 64 below (csrc/cuda/batch.cuh).
+
+    One rounding of a product and one of a sum for each group; then sum(codes) * offset is taken away in three parts
+    of each group, on tensor cores, which cut off where they should round: twice the error of a rounding each.
+    """
+    bits = weight.row_bits.int()
+    offsets = torch.where(bits <= 4, 16, 1 << bits.clamp(max=7))
+    expected, _, magnitude = _sums(x, weight, bias, per_token, offsets)
+    _check(y, expected, (8 * weight.scale.shape[1] + 4) * 2.0**-24 * magnitude)
 
 
 def _check(y: Tensor, expected: Tensor, bound: Tensor) -> None:

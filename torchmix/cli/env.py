@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
     """Everything this command reports, by name."""
     import torch
 
-    from torchmix._extension import kernel_status
+    from torchmix._extension import cpu_capability, kernel_status
 
     status = kernel_status()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -66,6 +66,7 @@ def environment() -> dict[str, Any]:
         },
         "gpus": gpus,
         "kernels": {device: {"live": reason is None, "reason": reason} for device, reason in kernels.items()},
+        "cpu_capability": cpu_capability(),
         "kernel_files": [str(library.path) for library in status.libraries],
     }
 
@@ -104,5 +105,14 @@ def _text(report: dict[str, Any]) -> str:
         ("gpu", ", ".join(report["gpus"]) or "none that torch can use"),
     ]
     for device, kernel in report["kernels"].items():
-        pairs.append((f"{device} kernels", "live" if kernel["live"] else f"not live: {kernel['reason']}"))
+        live = f"live{_capability(report) if device == 'cpu' else ''}"
+        pairs.append((f"{device} kernels", live if kernel["live"] else f"not live: {kernel['reason']}"))
     return facts([(name, str(value)) for name, value in pairs])
+
+
+def _capability(report: dict[str, Any]) -> str:
+    """Which instructions the CPU kernels use, as it is printed."""
+    if report["cpu_capability"] is not None:
+        return f", {report['cpu_capability']}"
+    wanted = os.environ.get("TORCHMIX_CPU_CAPABILITY", "")
+    return f", but TORCHMIX_CPU_CAPABILITY={wanted} names nothing that can run here"

@@ -131,22 +131,39 @@ int emulated_batch(const StreamCall* call) {
 int emulated_quantize(const QuantizeCall* call) {
   const QuantizeCall& c = *call;
   const int64_t G = (c.K + c.group_size - 1) / c.group_size;
-  emulator::set_seed(c.seed);
+  emulator::set_seed(c.seed, true);
   const GlobalBuffer x("x", c.x, ((c.M - 1) * c.x_stride + c.K) * float_bytes(c.type));
   GlobalBuffer codes("codes", c.codes, c.M * c.K), scale("scale", c.scale, c.M * G * 4);
   GlobalBuffer sums("group_sum", c.group_sum, c.M * G * 4);
-  const QuantizeParams p = {
-      x.get(),    static_cast<int8_t*>(codes.get()), static_cast<float*>(scale.get()),
-      static_cast<int32_t*>(sums.get()),
-      c.x_stride, c.M,
-      static_cast<int>(c.K), static_cast<int>(G), static_cast<int>(c.group_size),
-      static_cast<Float>(c.type), c.aligned != 0};
+  QuantizeParams p = {};
+  p.x = x.get();
+  p.codes = static_cast<int8_t*>(codes.get());
+  p.scale = static_cast<float*>(scale.get());
+  p.group_sum = static_cast<int32_t*>(sums.get());
+  p.x_stride = c.x_stride;
+  p.M = c.M;
+  p.K = static_cast<int>(c.K);
+  p.G = static_cast<int>(G);
+  p.group_size = static_cast<int>(c.group_size);
+  p.type = static_cast<Float>(c.type);
+  p.aligned = c.aligned != 0;
   if (c.group_size == kGroup && c.per_token == 0) {
     const int64_t per_block = kThreads / 16 * kUnroll;
     const dim3 grid(static_cast<unsigned>((c.M * G + per_block - 1) / per_block));
     return emulator::launch(quantize_groups, {grid, dim3(kThreads), 0, 1}, p);
   }
   return emulator::launch(quantize_tokens, {dim3(static_cast<unsigned>(c.M)), dim3(kThreads), 0, 1}, p, c.per_token != 0);
+}
+
+// result: tokens together, blocks, slots, and the bytes of shared memory without the slots.
+void emulated_choose_stream(int64_t tokens, int32_t groups, int32_t tiles, int32_t multiprocessors, int32_t shared_bytes,
+                            int32_t clusters, int32_t* result) {
+  const StreamChoice choice = choose_stream(tokens, groups, tiles, {multiprocessors, shared_bytes, clusters != 0});
+  const int share = (groups + choice.blocks - 1) / choice.blocks;
+  result[0] = choice.tokens;
+  result[1] = choice.blocks;
+  result[2] = choice.slots;
+  result[3] = choice.tokens == 0 ? 0 : stream_fixed_bytes(choice.tokens, choice.blocks, share);
 }
 
 }  // extern "C"

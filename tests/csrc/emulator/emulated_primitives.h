@@ -1,6 +1,8 @@
 // The functions of common.cuh that are PTX on a GPU. Included there, between two halves of namespace torchmix.
 #pragma once
 
+#include "tensor_cores.h"
+
 namespace torchmix {
 
 using emulator::Scope;
@@ -64,43 +66,14 @@ inline void wait_for_previous() {}
 
 // --- tensor cores --------------------------------------------------------------------------------------------------
 
-struct MultiplyOperands {
-  uint32_t a[4], b[2];
-};
-
-// mma.m16n8k32: a is 16 x 32, b 32 x 8; lane 4 i + q has rows i, i + 8 of a, column i of b, columns 2 q, 2 q + 1 of d.
-template <bool kSignedWeight>
-void multiply_lanes(const emulator::Lanes& lanes) {
-  if (lanes.present != 0xffffffffu) emulator::fail("multiply: lanes %08x only", lanes.present);
-  int a[16][32], b[8][32];
-  for (int lane = 0; lane < 32; lane++) {
-    const auto& operands = *static_cast<const MultiplyOperands*>(lanes.in[lane]);
-    const int i = lane / 4, q = lane % 4;
-    for (int m = 0; m < 4; m++) {
-      for (int r = 0; r < 4; r++) {
-        const uint32_t byte = operands.a[r] >> 8 * m & 255;
-        a[i + 8 * (r % 2)][16 * (r / 2) + 4 * q + m] =
-            kSignedWeight ? static_cast<int8_t>(byte) : static_cast<int>(byte);
-      }
-      for (int r = 0; r < 2; r++) b[i][16 * r + 4 * q + m] = static_cast<int8_t>(operands.b[r] >> 8 * m);
-    }
-  }
-  for (int lane = 0; lane < 32; lane++) {
-    int* d = static_cast<int*>(lanes.out[lane]);
-    for (int r = 0; r < 4; r++) {
-      const int *left = a[lane / 4 + 8 * (r / 2)], *right = b[2 * (lane % 4) + r % 2];
-      for (int k = 0; k < 32; k++) d[r] += left[k] * right[k];
-    }
-  }
-}
-
 template <bool kSignedWeight>
 inline void multiply(int (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-  const MultiplyOperands operands = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const emulator::MultiplyOperands operands = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulator::collective(kSignedWeight ? "multiply signed" : "multiply", 0xffffffffu, &operands, d,
-                       multiply_lanes<kSignedWeight>);
+                       emulator::multiply_lanes<kSignedWeight>);
 }
 
+// A barrier of some warps of a block.
 inline void named_barrier(int id, int threads) { emulator::block_barrier(id, threads); }
 
 }  // namespace torchmix

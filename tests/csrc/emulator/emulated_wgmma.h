@@ -80,7 +80,7 @@ inline void multiply_bfloat16_lanes(const emulator::Lanes& lanes) {
   };
   float a[16][16], b[8][16];
   for (int lane = 0; lane < 32; lane++) {
-    const auto& operands = *static_cast<const MultiplyOperands*>(lanes.in[lane]);
+    const auto& operands = *static_cast<const emulator::MultiplyOperands*>(lanes.in[lane]);
     const int i = lane / 4, q = lane % 4;
     for (int e = 0; e < 2; e++) {
       for (int r = 0; r < 4; r++) a[i + 8 * (r % 2)][8 * (r / 2) + 2 * q + e] = value(operands.a[r], e);
@@ -96,7 +96,7 @@ inline void multiply_bfloat16_lanes(const emulator::Lanes& lanes) {
 }
 
 inline void multiply_bfloat16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-  const MultiplyOperands operands = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  const emulator::MultiplyOperands operands = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulator::collective("multiply_bfloat16", 0xffffffffu, &operands, d, multiply_bfloat16_lanes);
 }
 

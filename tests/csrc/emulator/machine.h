@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 
 namespace emulator {
 
@@ -60,6 +61,7 @@ class GlobalBuffer {
 unsigned cluster_rank();
 unsigned cluster_size();
 int lane();
+uint32_t draw(uint32_t below);  // a random number, of the seed
 void spin();   // lets others run: for loops that poll memory
 void yield();  // the same now and then, so that lanes go apart; all lanes do it where they shall not
 
@@ -94,6 +96,8 @@ void barrier_wait(uint32_t barrier, uint32_t parity);
 void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 // The same with a value that is read now (st.async).
 void store_async(uint32_t to, const void* value, uint32_t bytes, uint32_t barrier);
+// The first, to the same place in all blocks of the cluster whose bit is set, with the barriers there.
+void copy_bytes_multicast(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint32_t ranks);
 // From shared to shared memory of the cluster.
 void copy_bytes_shared(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier);
 // Of sm_80, in the order in which a thread asks for them.
@@ -113,6 +117,9 @@ struct Lanes {
   const void* in[32];
   void* out[32];
 };
+
+// Whatever functions of a warp have to keep from one call to the next; gone when the block ends.
+std::shared_ptr<void>& warp_slot();
 
 // All lanes of the mask meet here; the last one computes the results of all.
 void collective(const char* name, uint32_t mask, const void* in, void* out, void (*combine)(const Lanes&));

@@ -274,6 +274,13 @@ void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier)
   start_counted(to, from, {}, bytes, barrier, "copy_bytes");
 }
 
+void copy_bytes_multicast(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint32_t ranks) {
+  if (ranks == 0 || ranks >> cluster_size() != 0) fail("copy_bytes_multicast: blocks %x of the cluster", ranks);
+  for (uint32_t rank = 0; rank < cluster_size(); rank++) {
+    if (ranks >> rank & 1) copy_bytes(map_address(to, rank), from, bytes, map_address(barrier, rank));
+  }
+}
+
 void copy_bytes_shared(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
   const uint8_t* source = shared_pointer(from, bytes, 16, Scope::kOwn, "copy_bytes_shared");
   if (bytes == 0 || (bytes | to) % 16 != 0) fail("copy_bytes_shared: %u bytes to shared %08x", bytes, to);
@@ -307,7 +314,18 @@ void arrive_after_copies(uint32_t barrier) {
   start_transfer(std::move(transfer));
 }
 
+// What lies around a region on its pages is as it was.
+static void check_edges(const Region& region) {
+  const uint8_t *first = region.mapping + kPage, *last = region.mapping + region.mapped - kPage;
+  for (const uint8_t* at = first; at < last; at++) {
+    if (at == region.begin) at += region.bytes;
+    if (at < last && *at != kPoison) machine.error = "something was written to " + describe_address(at);
+  }
+}
+
 void check_end_of_cluster() {
+  for (const Region& buffer : machine.buffers) check_edges(buffer);
+  for (const Block& block : machine.blocks) check_edges(block.dynamic_memory);
   if (!machine.transfers.empty()) {
     machine.error = std::to_string(machine.transfers.size()) + " asynchronous copies were not done when all threads " +
                     "of a cluster had ended";

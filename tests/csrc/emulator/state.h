@@ -1,4 +1,4 @@
-// The state of the machine, shared by machine.cpp, shared_memory.cpp and faults.cpp.
+// The state of the machine, shared by its source files.
 #pragma once
 
 #include <csetjmp>
@@ -54,6 +54,7 @@ struct Warp {
   double priority = 0;
   Fiber* fibers[kLanes] = {};
   std::vector<Collective> meetings;
+  std::shared_ptr<void> slot;
 };
 
 struct Barrier {
@@ -128,6 +129,9 @@ struct Machine {
 
 extern Machine machine;
 
+void set_ready(Fiber& fiber);
+void switch_to_scheduler();          // until set_ready()
+void leave_meetings(Fiber& fiber);  // of a thread that ends: others need not wait for it
 void wait_as(const char* what, uint32_t address, uint32_t parity);  // until wake()
 void wake(std::vector<Fiber*>& waiting);
 void complete_transfer(size_t i);
