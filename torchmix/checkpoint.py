@@ -42,7 +42,7 @@ from torchmix.checkpoint_inspection import CheckpointInfo, inspect_checkpoint
 from torchmix.checkpoint_loading import load_into
 from torchmix.huggingface import is_available, is_transformers_config, load_model, model_directory
 from torchmix.model_card import model_card
-from torchmix.repacking import repack
+from torchmix.repacking import repack_loaded
 from torchmix.selection import linear_weights
 from torchmix.tensor import PackedTensor
 from torchmix.tensor.mixed_precision_tensor import WEIGHT_DTYPES
@@ -127,7 +127,7 @@ def load_pretrained(
 ) -> nn.Module:
     """Load a checkpoint that :func:`save_pretrained` wrote.
 
-    On a GPU with compiled kernels the quantized weights are repacked for these (:func:`torchmix.repack`).
+    Weights are as on disk; :func:`torchmix.repack` brings them into the order of GPU kernels.
 
     Args:
         directory: the checkpoint.
@@ -151,7 +151,7 @@ def load_pretrained(
     config = inspect_checkpoint(path, verify=verify).config
     if model is not None:
         model = load_into(model, path, config, torch.device(device), dtype)
-        repack(model)
+        repack_loaded(model)
         return model
     if not is_transformers_config(read_json(path / "config.json")):
         raise ValueError(

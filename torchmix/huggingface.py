@@ -19,7 +19,7 @@ from torch import nn
 
 from torchmix.checkpoint_format import QUANT_METHOD
 from torchmix.hub import why_unreachable
-from torchmix.repacking import repack
+from torchmix.repacking import repack_loaded
 
 logger = logging.getLogger(__name__)
 MIN_TRANSFORMERS = "5.23"
@@ -43,8 +43,6 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> nn.Module:
     """Load a causal language model, original or quantized by torchmix, in evaluation mode.
-
-    On a GPU with compiled kernels quantized weights are repacked for these.
 
     Args:
         name_or_directory: local directory, or id on the hub.
@@ -84,7 +82,7 @@ def load_model(
             f"{type(model).__name__} would run with random values for them; get the checkpoint again"
         )
     model = model.eval().to(device)
-    repack(model)
+    repack_loaded(model)
     return model
 
 

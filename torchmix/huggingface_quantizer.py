@@ -19,7 +19,7 @@ from torchmix.checkpoint_format import (
     stored_tensors,
     tensor_from_parts,
 )
-from torchmix.repacking import repack
+from torchmix.repacking import repack_loaded
 from torchmix.tensor import MixedPrecisionTensor, PackedTensor
 from torchmix.tensor.mixed_precision_tensor import WEIGHT_DTYPES
 from torchmix.tensor.module_repr import show_quantized_weights
@@ -140,7 +140,7 @@ class TorchmixHfQuantizer(HfQuantizer):
                 )
             show_quantized_weights(model.get_submodule(name.rpartition(".")[0]))
         model._weight_conversions = []  # saving keeps the names, too
-        repack(model)
+        repack_loaded(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -6,6 +6,7 @@ at most one weight is in memory twice.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +39,8 @@ def repack(model: nn.Module, *, force: bool = False) -> RepackReport:
     """Bring quantized weights into the order that compiled kernels read, in place.
 
     Outputs stay the same up to the rounding of float32 sums. ``state_dict``, checkpoints and pickles of the model
-    hold the plain bytes as before. :func:`load_pretrained` and ``from_pretrained`` of transformers call this for
-    weights on a GPU; call it after ``quantize_``, or after moving a model there. Compile the model afterwards.
+    hold the plain bytes as before. Call it once the model is on the GPU, and compile the model afterwards. With
+    ``TORCHMIX_REPACK=1`` in the environment, loading a model to a GPU does it too.
 
     Args:
         model: any module with quantized weights; the unquantized ones are left alone.
@@ -62,6 +63,15 @@ def repack(model: nn.Module, *, force: bool = False) -> RepackReport:
 
     _replace(model, MixedPrecisionTensor, tiled)
     return RepackReport(tuple(repacked), tuple(left))
+
+
+def repack_loaded(model: nn.Module) -> None:
+    """What loading does with a model: :func:`repack` where ``TORCHMIX_REPACK=1`` asks for it, else nothing.
+
+    The kernels that read tiles are new: their logic is tested on an emulator, not every path of it on a GPU yet.
+    """
+    if os.environ.get("TORCHMIX_REPACK") == "1":
+        repack(model)
 
 
 def to_plain(model: nn.Module) -> tuple[str, ...]:
