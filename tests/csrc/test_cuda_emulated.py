@@ -73,6 +73,13 @@ def test_clusters_with_many_tiles(blocks: int, clusters: int, token_tiles: int) 
     check((7 * token_tiles, 500, 640), Stream(token_tiles, blocks, 8, clusters), quantize=True)
 
 
+@pytest.mark.parametrize("clusters", [1, 2, 3, 4, 5, 7, 40])
+@pytest.mark.parametrize("widths", [(*[4] * 9, 8), MIXED])
+def test_every_tile_is_read_once(clusters: int, widths: tuple[int, ...]) -> None:
+    """More tiles than clusters, wide ones and narrow ones; the driver counts the bytes that are copied."""
+    check((1, 1400, 128), Stream(clusters=clusters), widths, seeds=1)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("tokens", "token_tiles"), [(9, 2), (16, 2), (17, 2), (17, 4), (33, 4), (33, 8)])
 def test_several_token_tiles(tokens: int, token_tiles: int, arch: int) -> None:

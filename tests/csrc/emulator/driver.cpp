@@ -1,4 +1,6 @@
 // C functions that run the kernels on the machine, for tests in Python. Sources are those of csrc/cuda, translated.
+#include <string>
+
 #include "stream_launch.h"
 #include "quantize_kernels.h"
 
@@ -69,12 +71,16 @@ int emulated_stream(const StreamCall* call) {
   const int passes = static_cast<int>((c.M + 8 * c.token_tiles - 1) / (8 * c.token_tiles));
   const int multiprocessors = c.clusters * c.blocks * passes;
   const bool quantize = c.x != nullptr;
-  switch (c.token_tiles) {
-    case 1: return launch_stream<1>(p, choice, multiprocessors, quantize, nullptr);
-    case 2: return launch_stream<2>(p, choice, multiprocessors, quantize, nullptr);
-    case 4: return launch_stream<4>(p, choice, multiprocessors, quantize, nullptr);
-    default: return launch_stream<8>(p, choice, multiprocessors, quantize, nullptr);
+  const int error = c.token_tiles == 1   ? launch_stream<1>(p, choice, multiprocessors, quantize, nullptr)
+                    : c.token_tiles == 2 ? launch_stream<2>(p, choice, multiprocessors, quantize, nullptr)
+                    : c.token_tiles == 4 ? launch_stream<4>(p, choice, multiprocessors, quantize, nullptr)
+                                         : launch_stream<8>(p, choice, multiprocessors, quantize, nullptr);
+  if (error == 0 && tiles.copied() != static_cast<size_t>(c.tile_bytes * passes)) {
+    emulator::set_error(("of " + std::to_string(c.tile_bytes) + " bytes of tiles, for " + std::to_string(passes) +
+                         " passes, " + std::to_string(tiles.copied()) + " were copied").c_str());
+    return cudaErrorLaunchFailure;
   }
+  return error;
 }
 
 int emulated_quantize(const QuantizeCall* call) {
