@@ -222,17 +222,18 @@ def build(arch: int) -> Path:
     kernels = [EMULATOR / "driver.cpp", *(sources / name for name in translated if name.endswith(".cu"))]
     device_flags = (*DEVICE_FLAGS, f"-D__CUDA_ARCH__={arch}", f"-I{EMULATOR}", f"-I{sources}")
     own = [path.read_text() for path in sorted(EMULATOR.glob("*"))]
-    jobs = [(path, FLAGS, own) for path in machine]
-    jobs += [(path, (*FLAGS, *device_flags), [*own, *translated.values()]) for path in kernels]
+    all_texts = [*own, *translated.values()]
+    jobs: list[tuple[Path, tuple[str, ...], list[str]]] = [(path, FLAGS, own) for path in machine]
+    jobs += [(path, (*FLAGS, *device_flags), all_texts) for path in kernels]
     with ThreadPoolExecutor(toolchain.available_cores()) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, folder), jobs))
+        objects = list(pool.map(lambda job: _compile(folder, *job), jobs))
     library = folder / f"emulator.{_digest([], [path.name for path in objects])}.so"
     if not library.is_file():
         _compiled((*(str(path) for path in objects), "-shared", "-ldl"), library)
     return library
 
 
-def _compile(source: Path, flags: tuple[str, ...], texts: list[str], folder: Path) -> Path:
+def _compile(folder: Path, source: Path, flags: tuple[str, ...], texts: list[str]) -> Path:
     target = folder / f"{source.stem}.{_digest([*flags, str(_compiler())], texts)}.o"
     if not target.is_file():
         for old in folder.glob(f"{source.stem}.*.o"):

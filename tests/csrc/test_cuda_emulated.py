@@ -74,6 +74,13 @@ def test_clusters_with_many_tiles(blocks: int, clusters: int, tokens: int) -> No
     check((tokens, 500, 640), Stream(tokens, blocks, 4, clusters), quantize=True)
 
 
+@pytest.mark.parametrize("clusters", [1, 2, 3, 4, 5, 7, 40])
+@pytest.mark.parametrize("widths", [(*[4] * 9, 8), MIXED])
+def test_every_tile_is_read_once(clusters: int, widths: tuple[int, ...]) -> None:
+    """More tiles than clusters, wide ones and narrow ones; the driver counts the bytes that are copied."""
+    check((1, 1400, 128), Stream(clusters=clusters), widths, seeds=1)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("tokens", "together"), [(9, 9), (16, 16), (17, 9), (17, 17), (33, 11), (33, 32)])
 def test_several_token_tiles(tokens: int, together: int, arch: int) -> None:

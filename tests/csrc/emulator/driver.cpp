@@ -1,9 +1,10 @@
 // C functions that run the kernels on the machine, for tests in Python. Sources are those of csrc/cuda, translated.
+#include <string>
+#include <vector>
+
 #include "batch_launch.h"
 #include "stream_launch.h"
 #include "quantize_kernels.h"
-
-#include <vector>
 
 using emulator::GlobalBuffer;
 using namespace torchmix;
@@ -73,11 +74,16 @@ int emulated_stream(const StreamCall* call) {
   const int passes = static_cast<int>((c.M + c.together - 1) / c.together);
   const DeviceLimits device = {c.clusters * c.blocks * passes, 232448, __CUDA_ARCH__ >= 900};
   const bool quantize = c.x != nullptr;
-  switch (stream_token_tiles(c.together)) {
-    case 1: return launch_stream<1>(p, choice, device, quantize, nullptr);
-    case 2: return launch_stream<2>(p, choice, device, quantize, nullptr);
-    default: return launch_stream<4>(p, choice, device, quantize, nullptr);
+  const int token_tiles = stream_token_tiles(c.together);
+  const int error = token_tiles == 1   ? launch_stream<1>(p, choice, device, quantize, nullptr)
+                    : token_tiles == 2 ? launch_stream<2>(p, choice, device, quantize, nullptr)
+                                       : launch_stream<4>(p, choice, device, quantize, nullptr);
+  if (error == 0 && tiles.copied() != static_cast<size_t>(c.tile_bytes * passes)) {
+    emulator::set_error(("of " + std::to_string(c.tile_bytes) + " bytes of tiles, for " + std::to_string(passes) +
+                         " passes, " + std::to_string(tiles.copied()) + " were copied").c_str());
+    return cudaErrorLaunchFailure;
   }
+  return error;
 }
 
 // The same through prepare_kernel and batch_kernel; `together`: tokens of a piece, `clusters`: multiprocessors.

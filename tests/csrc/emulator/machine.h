@@ -48,6 +48,7 @@ class GlobalBuffer {
   GlobalBuffer(const GlobalBuffer&) = delete;
   GlobalBuffer& operator=(const GlobalBuffer&) = delete;
   void* get() const { return inside_; }  // null for null
+  size_t copied() const;                 // bytes that asynchronous copies have read; once for a multicast
 
  private:
   void make(const char* name, const void* data, size_t bytes);

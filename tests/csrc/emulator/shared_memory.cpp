@@ -51,8 +51,10 @@ void change_bytes(Barrier& barrier, uint32_t address, int64_t bytes) {
 }
 
 void check_global(const void* from, uint32_t bytes, const char* what) {
-  for (const Region& buffer : machine.buffers) {
-    if (buffer.contains(from, bytes)) return;
+  for (Region& buffer : machine.buffers) {
+    if (!buffer.contains(from, bytes)) continue;
+    buffer.copied += bytes;
+    return;
   }
   fail("%s: %u bytes from %s are not global memory", what, bytes, describe_address(from).c_str());
 }
@@ -123,6 +125,13 @@ GlobalBuffer::GlobalBuffer(const char* name, const void* data, size_t bytes) {
 }
 
 GlobalBuffer::GlobalBuffer(const char* name, void* data, size_t bytes) : original_(data) { make(name, data, bytes); }
+
+size_t GlobalBuffer::copied() const {
+  for (const Region& buffer : machine.buffers) {
+    if (buffer.begin == inside_) return buffer.copied;
+  }
+  return 0;
+}
 
 GlobalBuffer::~GlobalBuffer() {
   if (original_ != nullptr) memcpy(original_, inside_, bytes_);
@@ -269,15 +278,18 @@ void complete_transfer(size_t chosen) {
 }
 
 void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  check_copy(to, from, bytes, "copy_bytes");
-  check_global(from, bytes, "copy_bytes");
-  start_counted(to, from, {}, bytes, barrier, "copy_bytes");
+  if (to >> 24 != barrier >> 24) fail("copy_bytes: target %08x and barrier %08x are of two blocks", to, barrier);
+  copy_bytes_multicast(to & 0x00ffffffu, from, bytes, barrier & 0x00ffffffu, 1u << (to >> 24));
 }
 
 void copy_bytes_multicast(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint32_t ranks) {
   if (ranks == 0 || ranks >> cluster_size() != 0) fail("copy_bytes_multicast: blocks %x of the cluster", ranks);
+  check_copy(to, from, bytes, "copy_bytes");
+  check_global(from, bytes, "copy_bytes");
   for (uint32_t rank = 0; rank < cluster_size(); rank++) {
-    if (ranks >> rank & 1) copy_bytes(map_address(to, rank), from, bytes, map_address(barrier, rank));
+    if (ranks >> rank & 1) {
+      start_counted(map_address(to, rank), from, {}, bytes, map_address(barrier, rank), "copy_bytes");
+    }
   }
 }
 

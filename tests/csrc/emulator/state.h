@@ -72,7 +72,7 @@ struct NamedBarrier {
 // Memory between two pages that cannot be touched.
 struct Region {
   uint8_t *mapping = nullptr, *begin = nullptr;
-  size_t mapped = 0, bytes = 0;
+  size_t mapped = 0, bytes = 0, copied = 0;
   std::string name;
   bool contains(const void* pointer, size_t length = 1) const {
     const uint8_t* at = static_cast<const uint8_t*>(pointer);
