@@ -107,29 +107,25 @@ void quantize(const Input& in, int8_t* codes, float* scale, int32_t* group_sum, 
   }
 }
 
-// A group of codes, zeros behind them, into its places of a tile, in steps of T * 4 bytes.
-inline void place_group(const int8_t* codes, const Tiles& tiles, uint8_t* at, int T) {
-  for (int k = 0; k < tiles.padded_group; k += 8) {
-    uint64_t eight;
-    std::memcpy(&eight, codes + k, 8);
-    eight = tile_order(eight, tiles.tile);
-    const uint32_t low = static_cast<uint32_t>(eight), high = static_cast<uint32_t>(eight >> 32);
-    std::memcpy(at, &low, 4);
-    std::memcpy(at + 4 * T, &high, 4);
-    at += 8 * T;
-  }
-}
-
+// Token i of tile t: codes of group g, zeros behind them, scale and sum.
 inline void place(const int8_t* codes, const Quantized& group, const Tiles& tiles, int64_t t, int i, int64_t g) {
   const int T = tiles.width(t);
-  place_group(codes, tiles, tiles.tile_codes(t) + g * tiles.padded_group * T + 4 * i, T);
+  place_codes(codes, tiles, tiles.tile_codes(t) + g * tiles.group_bytes * T, i, T);
   tiles.tile_scale(t)[g * T + i] = group.scale;
   tiles.tile_sum(t)[g * T + i] = static_cast<float>(group.sum);
 }
 
+// What stands in a wide tile for tokens that are not there.
+inline void place_nothing(const Tiles& tiles) {
+  const int8_t codes[kMostGroup] = {};
+  for (int64_t i = tiles.M; i < tiles.tokens(); i++) {
+    for (int64_t g = 0; g < tiles.G; g++) place(codes, {0.0f, 0}, tiles, 0, static_cast<int>(i), g);
+  }
+}
+
 void fill_tiles(const Input& in, const Tiles& tiles, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; t++) {
-    for (int i = 0; i < tiles.width(t); i++) {
+    for (int i = 0; i < tiles.width(t) && tiles.first(t) + i < tiles.M; i++) {
       const int64_t token = tiles.first(t) + i;
       const uint32_t largest = in.per_token ? largest_of_token(in, token) : 0;
       for (int64_t g = 0; g < in.G; g++) {
@@ -141,12 +137,13 @@ void fill_tiles(const Input& in, const Tiles& tiles, int64_t begin, int64_t end)
       }
     }
   }
+  place_nothing(tiles);
 }
 
 void copy_tiles(const int8_t* from, const float* scale, const int32_t* group_sum, int64_t K, const Tiles& tiles,
                 int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; t++) {
-    for (int i = 0; i < tiles.width(t); i++) {
+    for (int i = 0; i < tiles.width(t) && tiles.first(t) + i < tiles.M; i++) {
       const int64_t token = tiles.first(t) + i;
       for (int64_t g = 0; g < tiles.G; g++) {
         int8_t codes[kMostGroup] = {};
@@ -156,4 +153,5 @@ void copy_tiles(const int8_t* from, const float* scale, const int32_t* group_sum
       }
     }
   }
+  place_nothing(tiles);
 }

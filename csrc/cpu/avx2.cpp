@@ -15,7 +15,13 @@ TORCHMIX_TARGET_BEGIN("avx2,fma,bmi2")
 namespace torchmix::cpu {
 namespace {
 
-inline uint64_t tile_order(uint64_t eight, int) { return eight; }
+inline uint64_t eight_for_tile(uint64_t eight) { return eight; }
+
+#include "interleaved.inl"
+
+inline void place_codes(const int8_t* codes, const Tiles& tiles, uint8_t* group, int i, int T) {
+  place_interleaved(codes, tiles.padded_group, group, i, T);
+}
 
 #include "repeat.inl"
 
@@ -27,7 +33,9 @@ inline uint64_t tile_order(uint64_t eight, int) { return eight; }
 struct Avx2 {
   static constexpr int kBlocks = 1;
 
-  static void unpack(const Block& block, const Weight& weight, int padded_group, Strip& strip) {
+  explicit Avx2(const Weight&) {}
+
+  static void unpack(int, const Block& block, const Weight& weight, int padded_group, Strip& strip) {
     const uint64_t mask = 0x0101010101010101ull * ((1ull << block.bits) - 1);
     unpack_rows(block, weight, padded_group, strip, [mask](uint64_t packed, int) { return _pdep_u64(packed, mask); });
   }
@@ -88,11 +96,11 @@ struct Avx2 {
   }
 };
 
-int tile_width(int64_t M) { return static_cast<int>(M < 4 ? (M > 0 ? M : 1) : 4); }
+void lay_out(Tiles& tiles) { lay_out_interleaved(tiles, static_cast<int>(tiles.M < 4 ? tiles.M : 4)); }
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", tile_width, quantize, fill_tiles, copy_tiles, linear_blocked<Avx2>};
+const Kernels kAvx2 = {"avx2", lay_out, quantize, fill_tiles, copy_tiles, linear_blocked<Avx2>};
 
 }  // namespace torchmix::cpu
 

@@ -12,26 +12,29 @@ inline __m512i four_of_token(const uint8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-// Reads memory into the second cache a little before its rows are needed. Rows are contiguous, and blocks of one width
-// take them about in order, so what lies ahead is simply what follows.
+// Reads memory into the second cache before its rows are needed. Rows are contiguous, and blocks take them about in
+// order, so what lies ahead is simply what follows; with rows of several widths a block spans more than its own rows.
 struct Prefetch {
-  const uint8_t* at;
+  const uint8_t* at = nullptr;
   const uint8_t* end;
+  int64_t distance;
 
-  static constexpr int64_t kDistance = 32 << 10;
+  static constexpr int64_t kLeast = 32 << 10, kMost = 384 << 10;  // bytes
 
-  void start(const uint8_t* first, const Weight& weight) {
-    at = first;
-    end = weight.codes + weight.codes_bytes;
-    if (first < weight.codes || first >= end) at = end;
-    advance(kDistance);
+  explicit Prefetch(const Weight& weight) : end(weight.codes + weight.codes_bytes) {
+    distance = 3 * kBlockRows * (weight.codes_bytes / weight.N);
+    distance = distance < kLeast ? kLeast : distance > kMost ? kMost : distance;
+  }
+
+  void start(const Block& block, const Weight& weight) {
+    if (at != nullptr) return;
+    at = block.row[0] < weight.first_copied ? block.codes[0] : end;
+    advance(distance);
   }
 
   inline void advance(int64_t bytes) {
-    const uint8_t* until = at + bytes;
-    for (; at < until; at += 64) {
-      if (at < end) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-    }
+    const uint8_t* until = end - at < bytes ? end : at + bytes;
+    for (; at < until; at += 64) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
   }
 };
 
@@ -45,72 +48,56 @@ inline void transpose_lanes(__m512i a, __m512i b, __m512i c, __m512i d, __m512i*
   out[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
 }
 
-// 16 bytes of rows q, 4 + q, 8 + q and 12 + q: after transpose_lanes over q = 0..3 the rows are in order.
-inline __m512i load_rows(const uint8_t* const* rows, int q, int64_t at) {
-  const auto lane = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[4 * i + q] + at)); };
-  __m512i v = _mm512_castsi128_si512(lane(0));
-  v = _mm512_mask_broadcast_i32x4(v, 0x00f0, lane(1));
-  v = _mm512_mask_broadcast_i32x4(v, 0x0f00, lane(2));
-  return _mm512_mask_broadcast_i32x4(v, 0xf000, lane(3));
-}
-
-// For eight codes of `bits` in the low bytes of a qword: where each begins, in the order of tile_order.
+// Bytes of eight times eight codes, kBits of them into each qword (what follows them does not matter), and the bits
+// where the codes of a qword begin.
 template <int kBits>
-inline __m512i bit_offsets() {
-  uint64_t offsets = 0;
-  constexpr int kOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-  for (int i = 0; i < 8; i++) offsets |= static_cast<uint64_t>(kOrder[i] * kBits) << (8 * i);
-  return _mm512_set1_epi64(static_cast<int64_t>(offsets));
-}
-
-// Per lane: bytes `first` .. of the first eight codes into the low qword, those of the next eight into the high one.
-template <int kBits>
-inline __m512i byte_places(int first) {
-  alignas(16) int8_t places[16];
-  for (int i = 0; i < 16; i++) {
-    places[i] = static_cast<int8_t>(i % 8 < kBits ? first + i / 8 * kBits + i % 8 : -128);
+struct RowPlaces {
+  alignas(64) uint8_t place[64] = {};
+  constexpr RowPlaces() {
+    for (int i = 0; i < 64; i++) place[i] = static_cast<uint8_t>((i / 8 * kBits + i % 8) % 64);
   }
-  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(places)));
-}
+};
+template <int kBits>
+inline constexpr RowPlaces<kBits> kRowPlaces;
+template <int kBits>
+inline constexpr int64_t kInOrder = 0x0706050403020100ll * kBits;
+template <int kBits>
+inline constexpr int64_t kEvenThenOdd = 0x0705030106040200ll * kBits;
 
-// 32 codes of 16 rows from byte `at` of each row: w[i] has four codes of every row, in the order of tile_order.
-// `plus_128`: codes of 8 bits become unsigned.
-template <int kBits, bool plus_128>
-inline void unpack_chunk(const uint8_t* const* rows, int64_t at, __m512i* w) {
+// 128 codes of a row. 4 bits: the even and the odd ones; else in order. 8 bits: plus 128.
+template <int kBits>
+inline TORCHMIX_INLINE void unpack_row(const uint8_t* row, __m512i* w) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(kBits == 8 ? 0x80 : (1 << kBits) - 1));
   if constexpr (kBits == 4) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    __m512i packed[4];
-    transpose_lanes(load_rows(rows, 0, at), load_rows(rows, 1, at), load_rows(rows, 2, at), load_rows(rows, 3, at),
-                    packed);
-    repeat<4>([&](auto c) TORCHMIX_INLINE {
-      w[2 * c] = _mm512_and_si512(packed[c], mask);
-      w[2 * c + 1] = _mm512_and_si512(_mm512_srli_epi32(packed[c], 4), mask);
-    });
+    const __m512i packed = _mm512_loadu_si512(row);
+    w[0] = _mm512_and_si512(packed, mask);
+    w[1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
+  } else if constexpr (kBits == 8) {
+    w[0] = _mm512_xor_si512(_mm512_loadu_si512(row), mask);
+    w[1] = _mm512_xor_si512(_mm512_loadu_si512(row + 64), mask);
   } else {
-    const __m512i mask = _mm512_set1_epi8(static_cast<char>(kBits == 8 ? 0x80 : (1 << kBits) - 1));
-    __m512i low[4], high[4];
-    repeat<4>([&](auto q) TORCHMIX_INLINE {
-      const __m512i first = load_rows(rows, q, at);
-      // up to 4 bits one load has all 32 codes
-      const __m512i second = kBits <= 4 ? first : load_rows(rows, q, at + 2 * kBits);
-      if constexpr (kBits == 8) {
-        const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
-        low[q] = _mm512_shuffle_epi8(first, order);
-        high[q] = _mm512_shuffle_epi8(second, order);
-      } else {
-        const __m512i offsets = bit_offsets<kBits>();
-        low[q] = _mm512_multishift_epi64_epi8(offsets, _mm512_shuffle_epi8(first, byte_places<kBits>(0)));
-        high[q] = _mm512_multishift_epi64_epi8(
-            offsets, _mm512_shuffle_epi8(second, byte_places<kBits>(kBits <= 4 ? 2 * kBits : 0)));
-      }
-    });
-    transpose_lanes(low[0], low[1], low[2], low[3], w);
-    transpose_lanes(high[0], high[1], high[2], high[3], w + 4);
-    repeat<8>([&](auto i) TORCHMIX_INLINE {
-      if (kBits < 8) w[i] = _mm512_and_si512(w[i], mask);
-      if (kBits == 8 && plus_128) w[i] = _mm512_xor_si512(w[i], mask);
+    const __m512i places = _mm512_load_si512(kRowPlaces<kBits>.place), offsets = _mm512_set1_epi64(kInOrder<kBits>);
+    repeat<2>([&](auto i) TORCHMIX_INLINE {
+      const __m512i eights = _mm512_permutexvar_epi8(places, _mm512_loadu_si512(row + i * 8 * kBits));
+      w[i] = _mm512_and_si512(_mm512_multishift_epi64_epi8(offsets, eights), mask);
     });
   }
+}
+
+// Sixteen sums of sixteen dwords.
+inline TORCHMIX_INLINE __m512i sums_of(const __m512i* v) {
+  __m512i four[4];  // lane l, dword i: the sum of lane l of vector 4 q + i
+  repeat<4>([&](auto q) TORCHMIX_INLINE {
+    const __m512i a = v[4 * q], b = v[4 * q + 1], c = v[4 * q + 2], d = v[4 * q + 3];
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    four[q] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  });
+  const __m512i low = _mm512_add_epi32(_mm512_shuffle_i32x4(four[0], four[1], 0x44),
+                                       _mm512_shuffle_i32x4(four[0], four[1], 0xee));
+  const __m512i high = _mm512_add_epi32(_mm512_shuffle_i32x4(four[2], four[3], 0x44),
+                                        _mm512_shuffle_i32x4(four[2], four[3], 0xee));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
 }
 
 // 16 x 16 dwords.
@@ -124,6 +111,34 @@ inline void transpose_16(__m512i* r) {
     r[4 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
     r[8 + c] = _mm512_shuffle_i32x4(d, e, 0x88);
     r[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
+  });
+}
+
+// 128 codes of 16 rows from byte `at` of each row (4 bits), or 64: w[i] has four codes of every row, in the order of
+// eight_for_tile. take(i, w[i]) for all of them.
+template <int kBits, class Take>
+inline TORCHMIX_INLINE void unpack_rows_of_block(const uint8_t* const* rows, int64_t at, const Take& take) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));
+  __m512i v[16];
+  repeat<16>([&](auto i) TORCHMIX_INLINE {
+    v[i] = _mm512_loadu_si512(rows[i] + at);
+    if constexpr (kBits == 8) {
+      const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+      v[i] = _mm512_shuffle_epi8(v[i], _mm512_broadcast_i32x4(order));
+    } else if constexpr (kBits != 4) {
+      const __m512i eights = _mm512_permutexvar_epi8(_mm512_load_si512(kRowPlaces<kBits>.place), v[i]);
+      const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(kEvenThenOdd<kBits>), eights);
+      v[i] = _mm512_and_si512(codes, mask);
+    }
+  });
+  transpose_16(v);
+  repeat<16>([&](auto i) TORCHMIX_INLINE {
+    if constexpr (kBits == 4) {
+      take(2 * i, _mm512_and_si512(v[i], mask));
+      take(2 * i + 1, _mm512_and_si512(_mm512_srli_epi16(v[i], 4), mask));
+    } else {
+      take(i, v[i]);
+    }
   });
 }
 

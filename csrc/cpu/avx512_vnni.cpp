@@ -19,15 +19,44 @@ TORCHMIX_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,
 namespace torchmix::cpu {
 namespace {
 
-constexpr int kFusedTokens = 4;   // up to which weights are unpacked in registers, for each use
+constexpr int kFewTokens = 4;     // up to which weights are multiplied row by row, as they are read
+constexpr int kWideChunk = 128;   // codes of a row that are then worked on at a time
+constexpr int kLeastWide = 64;    // group_size from which this pays
 constexpr int kWidestTile = 12;   // 24 sums of two blocks, and registers for weights and tokens
 constexpr int kMetaGroups = 16;   // groups whose scales and zero points are brought into order at a time
 
-// Codes 0, 2, 4, 6, then 1, 3, 5, 7 of eight: the order in which 4-bit codes leave a byte. Where weights are the
-// signed operand (more than kFusedTokens), tokens are the unsigned one: 128 is added.
-inline uint64_t tile_order(uint64_t eight, int tile) {
-  const uint64_t ordered = _pext_u64(eight, 0x00ff00ff00ff00ffull) | _pext_u64(eight, 0xff00ff00ff00ff00ull) << 32;
-  return tile > kFusedTokens ? ordered ^ 0x8080808080808080ull : ordered;
+// Codes 0, 2, 4, 6, then 1, 3, 5, 7 of eight: the order in which 4-bit codes leave a byte.
+inline uint64_t even_then_odd(uint64_t eight) {
+  return _pext_u64(eight, 0x00ff00ff00ff00ffull) | _pext_u64(eight, 0xff00ff00ff00ff00ull) << 32;
+}
+
+// In tiles weights are the signed operand of a product, and tokens the unsigned one: 128 is added.
+inline uint64_t eight_for_tile(uint64_t eight) { return even_then_odd(eight) ^ 0x8080808080808080ull; }
+
+#include "interleaved.inl"
+
+// Few tokens: (group, chunk, token, 256): the codes of a chunk in order, then the even ones, then the odd ones.
+inline void place_wide(const int8_t* codes, const Tiles& tiles, uint8_t* group, int i, int T) {
+  for (int k = 0; k < tiles.padded_group; k += kWideChunk) {
+    uint8_t* at = group + (k * T + kWideChunk * i) * 2;
+    std::memcpy(at, codes + k, kWideChunk);
+    for (int j = 0; j < kWideChunk; j += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, codes + k + j, 8);
+      eight = even_then_odd(eight);
+      const uint32_t even = static_cast<uint32_t>(eight), odd = static_cast<uint32_t>(eight >> 32);
+      std::memcpy(at + kWideChunk + j / 2, &even, 4);
+      std::memcpy(at + kWideChunk + kWideChunk / 2 + j / 2, &odd, 4);
+    }
+  }
+}
+
+inline void place_codes(const int8_t* codes, const Tiles& tiles, uint8_t* group, int i, int T) {
+  if (tiles.wide) {
+    place_wide(codes, tiles, group, i, T);
+  } else {
+    place_interleaved(codes, tiles.padded_group, group, i, T);
+  }
 }
 
 #include "repeat.inl"
@@ -45,12 +74,52 @@ struct Meta {
   alignas(64) float zero_point[kMetaGroups][kBlockRows];
 };
 
-// One block for T tokens: codes (unsigned; those of 8 bits plus 128) times tokens, minus zero point times sum.
+// The T values of a group, over and over.
+template <int T>
+inline __m512 each_token(const float* values) {
+  if constexpr (T == 1) return _mm512_set1_ps(values[0]);
+  if constexpr (T == 2) {
+    double both;
+    std::memcpy(&both, values, 8);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+  }
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(values));
+}
+
+// 16 / T rows for T tokens and one group, sums in the order (row, token): codes (those of 8 bits plus 128) times tokens.
 template <int kBits, int T>
-void multiply_fused(const Block& block, const Weight& weight, const Tiles& tiles, const Output& out, Prefetch& ahead) {
-  constexpr int kSums = T == 1 ? 4 : 2;  // for each token, so that one addition need not wait for the last
+inline TORCHMIX_INLINE __m512i multiply_rows(const uint8_t* const* rows, int64_t at, int length, const uint8_t* x) {
+  __m512i sum[16];
+  repeat<16>([&](auto i) TORCHMIX_INLINE { sum[i] = _mm512_setzero_si512(); });
+  for (int k = 0; k < length; k += kWideChunk, at += kWideChunk / 8 * kBits, x += 2 * kWideChunk * T) {
+    __m512i tokens[2 * T];
+    repeat<2 * T>([&](auto i) TORCHMIX_INLINE {
+      tokens[i] = _mm512_loadu_si512(x + i / 2 * 2 * kWideChunk + (kBits == 4 ? kWideChunk : 0) + i % 2 * 64);
+    });
+    repeat<16 / T>([&](auto r) TORCHMIX_INLINE {
+      __m512i w[2];
+      unpack_row<kBits>(rows[r] + at, w);
+      repeat<T>([&](auto i) TORCHMIX_INLINE {
+        add_products(sum[r * T + i], w[0], tokens[2 * i]);
+        add_products(sum[r * T + i], w[1], tokens[2 * i + 1]);
+      });
+    });
+  }
+  return sums_of(sum);
+}
+
+// One block for T tokens.
+template <int kBits, int T>
+void multiply_wide(const Block& block, const Weight& weight, const Tiles& tiles, const Output& out, Prefetch& ahead) {
+  constexpr int kRows = 16 / T;
   __m512 y[T];
-  repeat<T>([&](auto i) TORCHMIX_INLINE { y[i] = _mm512_setzero_ps(); });
+  __m512i row_of[T];  // of each sum
+  repeat<T>([&](auto s) TORCHMIX_INLINE {
+    alignas(64) int32_t rows[16];
+    for (int i = 0; i < 16; i++) rows[i] = s * kRows + i / T;
+    row_of[s] = _mm512_load_si512(rows);
+    y[s] = _mm512_setzero_ps();
+  });
   const int group_bytes = weight.group_size / 8 * kBits;
   Meta meta;
   int64_t at = 0;
@@ -62,60 +131,44 @@ void multiply_fused(const Block& block, const Weight& weight, const Tiles& tiles
         _mm512_store_ps(meta.zero_point[i], _mm512_cvtepi32_ps(values));
       });
     }
-    const int length = padded_length(group_length(weight.K, weight.group_size, g));
-    const uint8_t* x = tiles.codes + g * tiles.padded_group * T;
-    __m512i sum[kSums][T];
-    repeat<kSums>([&](auto s) TORCHMIX_INLINE {
-      repeat<T>([&](auto i) TORCHMIX_INLINE { sum[s][i] = _mm512_setzero_si512(); });
-    });
-    for (int k = 0; k < length; k += kChunk, x += kChunk * T) {
-      __m512i w[8];
-      unpack_chunk<kBits, true>(block.codes, at + k / 8 * kBits, w);
-      repeat<8>([&](auto s) TORCHMIX_INLINE {
-        repeat<T>([&](auto i) TORCHMIX_INLINE {
-          add_products(sum[s % kSums][i], w[s], four_of_token(x + 4 * (s * T + i)));
-        });
-      });
-    }
-    ahead.advance(group_bytes * kBlockRows);
+    const int length = group_length(weight.K, weight.group_size, g);
     const __m512 scale = _mm512_load_ps(meta.scale[j]), zero_point = _mm512_load_ps(meta.zero_point[j]);
-    repeat<T>([&](auto i) TORCHMIX_INLINE {
-      __m512i total = _mm512_add_epi32(sum[0][i], sum[1][i]);
-      if (kSums == 4) total = _mm512_add_epi32(total, _mm512_add_epi32(sum[kSums - 2][i], sum[kSums - 1][i]));
+    const __m512 token_sum = each_token<T>(tiles.sum + g * T), token_scale = each_token<T>(tiles.scale + g * T);
+    repeat<T>([&](auto s) TORCHMIX_INLINE {
+      const __m512i sum = multiply_rows<kBits, T>(block.codes + s * kRows, at, length, tiles.codes + g * tiles.group_bytes * T);
+      const __m512 scales = T == 1 ? scale : _mm512_permutexvar_ps(row_of[s], scale);
+      const __m512 zero_points = T == 1 ? zero_point : _mm512_permutexvar_ps(row_of[s], zero_point);
       // Exact: all three are integers below 2^24.
-      const __m512 centered =
-          _mm512_fnmadd_ps(zero_point, _mm512_set1_ps(tiles.sum[g * T + i]), _mm512_cvtepi32_ps(total));
-      y[i] = _mm512_fmadd_ps(_mm512_mul_ps(centered, scale), _mm512_set1_ps(tiles.scale[g * T + i]), y[i]);
+      const __m512 centered = _mm512_fnmadd_ps(zero_points, token_sum, _mm512_cvtepi32_ps(sum));
+      y[s] = _mm512_fmadd_ps(_mm512_mul_ps(centered, scales), token_scale, y[s]);
     });
+    ahead.advance(group_bytes * kBlockRows);
   }
-  float bias[kBlockRows];
-  for (int n = 0; n < kBlockRows; n++) bias[n] = bias_of(out, block.row[n]);
-  for (int i = 0; i < T; i++) {
-    alignas(64) float values[kBlockRows];
-    _mm512_store_ps(values, y[i]);
-    store_rows(out, block, bias, values, i, weight.N);
-  }
-}
-
-template <int T>
-void multiply_few(const Block& block, const Weight& weight, const Tiles& tiles, const Output& out, Prefetch& ahead) {
-  switch (block.bits) {
-    case 2: return multiply_fused<2, T>(block, weight, tiles, out, ahead);
-    case 3: return multiply_fused<3, T>(block, weight, tiles, out, ahead);
-    case 4: return multiply_fused<4, T>(block, weight, tiles, out, ahead);
-    case 5: return multiply_fused<5, T>(block, weight, tiles, out, ahead);
-    case 6: return multiply_fused<6, T>(block, weight, tiles, out, ahead);
-    case 7: return multiply_fused<7, T>(block, weight, tiles, out, ahead);
-    default: return multiply_fused<8, T>(block, weight, tiles, out, ahead);
+  for (int s = 0; s < T; s++) {
+    alignas(64) float values[16];
+    _mm512_store_ps(values, y[s]);
+    for (int i = 0; i < 16; i++) {
+      const int row = s * kRows + i / T, token = i % T;
+      if (row >= block.count || token >= tiles.M) continue;
+      store_one(out, token * weight.N + block.row[row], values[i] + bias_of(out, block.row[row]));
+    }
   }
 }
 
 template <int T>
-void linear_few(const Weight& weight, const Tiles& tiles, const Output& out, int64_t begin, int64_t end) {
-  Prefetch ahead = {};
+void linear_wide(const Weight& weight, const Tiles& tiles, const Output& out, int64_t begin, int64_t end) {
+  Prefetch ahead(weight);
   for_blocks(weight, begin, end, [&](const Block& block) {
-    if (ahead.at == nullptr) ahead.start(block.codes[0], weight);
-    multiply_few<T>(block, weight, tiles, out, ahead);
+    ahead.start(block, weight);
+    switch (block.bits) {
+      case 2: return multiply_wide<2, T>(block, weight, tiles, out, ahead);
+      case 3: return multiply_wide<3, T>(block, weight, tiles, out, ahead);
+      case 4: return multiply_wide<4, T>(block, weight, tiles, out, ahead);
+      case 5: return multiply_wide<5, T>(block, weight, tiles, out, ahead);
+      case 6: return multiply_wide<6, T>(block, weight, tiles, out, ahead);
+      case 7: return multiply_wide<7, T>(block, weight, tiles, out, ahead);
+      default: return multiply_wide<8, T>(block, weight, tiles, out, ahead);
+    }
   });
 }
 
@@ -124,46 +177,64 @@ void linear_few(const Weight& weight, const Tiles& tiles, const Output& out, int
 struct Avx512 {
   static constexpr int kBlocks = 2;
 
+  explicit Avx512(const Weight& weight) : ahead(weight) {}
+
+  // Of 16 groups of a block.
+  struct Meta {
+    alignas(64) float scale[kMetaGroups][kBlockRows];
+    alignas(64) int32_t zero_point[kMetaGroups][kBlockRows];  // in each of four bytes
+  };
+
+  Prefetch ahead;
+  Meta meta[kBlocks];
+
   template <int kBits>
-  static void unpack_width(const Block& block, const Weight& weight, int padded_group, Strip& strip) {
-    alignas(64) float scales[kMetaGroups * kBlockRows];
-    alignas(64) int32_t zero_points[kMetaGroups][kBlockRows];
-    const int64_t meta = strip.first / kMetaGroups * kMetaGroups;
-    transpose_scales(block, weight.G, meta, scales);
-    transpose_zero_points<kBits>(block, weight, meta, 0, [&](int i, __m512i values) {
-      _mm512_store_si512(zero_points[i], _mm512_mullo_epi32(values, _mm512_set1_epi32(0x01010101)));
+  static void read_meta(Meta& meta, const Block& block, const Weight& weight, int64_t g) {
+    transpose_scales(block, weight.G, g, &meta.scale[0][0]);
+    transpose_zero_points<kBits>(block, weight, g, 0, [&](int i, __m512i values) {
+      _mm512_store_si512(meta.zero_point[i], _mm512_mullo_epi32(values, _mm512_set1_epi32(0x01010101)));
     });
+  }
+
+  template <int kBits>
+  void unpack_width(Meta& meta, const Block& block, const Weight& weight, int padded_group, Strip& strip) {
+    constexpr int kCodes = kBits == 4 ? 128 : 64;
+    if (strip.first % kMetaGroups == 0) read_meta<kBits>(meta, block, weight, strip.first);
+    const int group_bytes = weight.group_size / 8 * kBits;
     const __m512i minus_128 = _mm512_set1_epi8(-128);
-    for (int j = 0; j < strip.groups; j++) {
+    int64_t at = strip.first * group_bytes;
+    for (int j = 0; j < strip.groups; j++, at += group_bytes) {
       const int64_t g = strip.first + j;
       const int length = padded_length(group_length(weight.K, weight.group_size, g));
-      const __m512i zero_point = _mm512_load_si512(zero_points[g - meta]);
-      __m512i start = _mm512_setzero_si512();
+      const __m512i zero_point = _mm512_load_si512(meta.zero_point[g % kMetaGroups]);
+      __m512i start[2] = {};
       int8_t* to = strip.codes + static_cast<int64_t>(j) * padded_group * kBlockRows;
-      const int64_t at = g * (weight.group_size / 8) * kBits;
-      for (int k = 0; k < length; k += kChunk, to += kChunk * kBlockRows) {
-        __m512i w[8];
-        unpack_chunk<kBits, false>(block.codes, at + k / 8 * kBits, w);
-        repeat<8>([&](auto s) TORCHMIX_INLINE {
-          const __m512i centered = kBits == 8 ? w[s] : _mm512_sub_epi8(w[s], zero_point);
-          add_products(start, minus_128, centered);  // 128 * (code - zero point)
-          _mm512_store_si512(to + 64 * s, centered);
+      for (int k = 0; k < length; k += kCodes, to += kCodes * kBlockRows) {
+        const int vectors = length - k < kCodes ? (length - k) / 4 : kCodes / 4;  // the next group follows
+        unpack_rows_of_block<kBits>(block.codes, at + k / 8 * kBits, [&](auto i, __m512i w) TORCHMIX_INLINE {
+          if (i >= vectors) return;
+          const __m512i centered = kBits == 8 ? w : _mm512_sub_epi8(w, zero_point);
+          add_products(start[i % 2], minus_128, centered);  // 128 * (code - zero point)
+          _mm512_store_si512(to + 64 * i, centered);
         });
       }
-      _mm512_store_si512(strip.start + j * kBlockRows, _mm512_sub_epi32(_mm512_setzero_si512(), start));
-      _mm512_store_ps(strip.scale + j * kBlockRows, _mm512_load_ps(scales + (g - meta) * kBlockRows));
+      const __m512i all = _mm512_add_epi32(start[0], start[1]);
+      _mm512_store_si512(strip.start + j * kBlockRows, _mm512_sub_epi32(_mm512_setzero_si512(), all));
+      _mm512_store_ps(strip.scale + j * kBlockRows, _mm512_load_ps(meta.scale[g % kMetaGroups]));
+      ahead.advance(group_bytes * kBlockRows);
     }
   }
 
-  static void unpack(const Block& block, const Weight& weight, int padded_group, Strip& strip) {
+  void unpack(int b, const Block& block, const Weight& weight, int padded_group, Strip& strip) {
+    ahead.start(block, weight);
     switch (block.bits) {
-      case 2: return unpack_width<2>(block, weight, padded_group, strip);
-      case 3: return unpack_width<3>(block, weight, padded_group, strip);
-      case 4: return unpack_width<4>(block, weight, padded_group, strip);
-      case 5: return unpack_width<5>(block, weight, padded_group, strip);
-      case 6: return unpack_width<6>(block, weight, padded_group, strip);
-      case 7: return unpack_width<7>(block, weight, padded_group, strip);
-      default: return unpack_width<8>(block, weight, padded_group, strip);
+      case 2: return unpack_width<2>(meta[b], block, weight, padded_group, strip);
+      case 3: return unpack_width<3>(meta[b], block, weight, padded_group, strip);
+      case 4: return unpack_width<4>(meta[b], block, weight, padded_group, strip);
+      case 5: return unpack_width<5>(meta[b], block, weight, padded_group, strip);
+      case 6: return unpack_width<6>(meta[b], block, weight, padded_group, strip);
+      case 7: return unpack_width<7>(meta[b], block, weight, padded_group, strip);
+      default: return unpack_width<8>(meta[b], block, weight, padded_group, strip);
     }
   }
 
@@ -233,26 +304,30 @@ struct Avx512 {
   }
 };
 
-// Tiles of nearly equal width.
-int tile_width(int64_t M) {
-  if (M <= kWidestTile) return static_cast<int>(M > 0 ? M : 1);
-  const int64_t tiles = (M + kWidestTile - 1) / kWidestTile;
-  return static_cast<int>((M + tiles - 1) / tiles);
+void lay_out(Tiles& tiles) {
+  if (tiles.M <= kFewTokens && tiles.group_size >= kLeastWide) {
+    tiles.wide = true;
+    tiles.tile = tiles.M == 3 ? 4 : static_cast<int>(tiles.M);
+    tiles.padded_group = (tiles.group_size + kWideChunk - 1) / kWideChunk * kWideChunk;
+    tiles.group_bytes = 2 * tiles.padded_group;
+    return;
+  }
+  const int64_t count = (tiles.M + kWidestTile - 1) / kWidestTile;  // of tiles, of nearly equal width
+  lay_out_interleaved(tiles, static_cast<int>((tiles.M + count - 1) / count));
 }
 
 void linear(const Weight& weight, const Tiles& tiles, const Output& out, int64_t begin, int64_t end) {
-  switch (tiles.M) {
-    case 1: return linear_few<1>(weight, tiles, out, begin, end);
-    case 2: return linear_few<2>(weight, tiles, out, begin, end);
-    case 3: return linear_few<3>(weight, tiles, out, begin, end);
-    case 4: return linear_few<4>(weight, tiles, out, begin, end);
-    default: return linear_blocked<Avx512>(weight, tiles, out, begin, end);
+  if (!tiles.wide) return linear_blocked<Avx512>(weight, tiles, out, begin, end);
+  switch (tiles.tile) {
+    case 1: return linear_wide<1>(weight, tiles, out, begin, end);
+    case 2: return linear_wide<2>(weight, tiles, out, begin, end);
+    default: return linear_wide<4>(weight, tiles, out, begin, end);
   }
 }
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512_vnni", tile_width, quantize, fill_tiles, copy_tiles, linear};
+const Kernels kAvx512Vnni = {"avx512_vnni", lay_out, quantize, fill_tiles, copy_tiles, linear};
 
 }  // namespace torchmix::cpu
 

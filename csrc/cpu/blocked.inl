@@ -1,8 +1,10 @@
 // Many tokens: blocks of rows are unpacked strip by strip into codes minus zero points, which all tokens then use.
 // Included by every implementation in its own namespace, after rows.inl. `Isa` brings the instructions:
 //   kBlocks        blocks of rows that a tile is multiplied with at a time
-//   unpack(...)    a strip of a block into scratch memory
+//   Isa(weight)    what a thread keeps in the course of a call
+//   unpack(...)    a strip of a block, the first or second at a time, into scratch memory
 //   multiply(...)  a tile of tokens with a strip of kBlocks blocks, added to y
+//   store(...)     results of a block for one token
 
 // A strip of one block: `groups` groups from group `first` on.
 struct Strip {
@@ -13,7 +15,7 @@ struct Strip {
   int groups;
 };
 
-constexpr int64_t kFewTokens = 16;     // up to which a strip should stay in the first cache
+constexpr int64_t kCachedTokens = 16;     // up to which a strip should stay in the first cache
 constexpr int kFewCodes = 512;         // of a row in such a strip
 constexpr int kManyCodes = 2048;       // and otherwise
 constexpr int64_t kTokensAtOnce = 528; // for which unpacked codes are used again
@@ -27,7 +29,7 @@ inline void* aligned(void* pointer) {
 template <class Isa>
 struct Scratch {
   explicit Scratch(const Tiles& tiles) {
-    const int codes = tiles.M <= kFewTokens ? kFewCodes : kManyCodes;
+    const int codes = tiles.M <= kCachedTokens ? kFewCodes : kManyCodes;
     groups = kMostGroups;
     while (groups > 1 && groups * tiles.padded_group > codes) groups /= 2;
     const int64_t strip = static_cast<int64_t>(groups) * tiles.padded_group * kBlockRows;
@@ -71,7 +73,7 @@ void store_tiles(const Block* blocks, int count, const float* y, int64_t N, cons
 // `count` blocks for all tokens.
 template <class Isa>
 void multiply_blocks(const Block* blocks, int count, const Weight& weight, const Tiles& tiles, const Output& out,
-                     Scratch<Isa>& scratch) {
+                     Scratch<Isa>& scratch, Isa& isa) {
   const int64_t at_once = kTokensAtOnce / tiles.tile > 0 ? kTokensAtOnce / tiles.tile : 1;
   for (int64_t t0 = 0; t0 < tiles.num_tiles(); t0 += at_once) {
     const int64_t t1 = t0 + at_once < tiles.num_tiles() ? t0 + at_once : tiles.num_tiles();
@@ -81,7 +83,7 @@ void multiply_blocks(const Block* blocks, int count, const Weight& weight, const
       for (int b = 0; b < count; b++) {
         scratch.strips[b].first = g;
         scratch.strips[b].groups = static_cast<int>(weight.G - g < scratch.groups ? weight.G - g : scratch.groups);
-        Isa::unpack(blocks[b], weight, tiles.padded_group, scratch.strips[b]);
+        isa.unpack(b, blocks[b], weight, tiles.padded_group, scratch.strips[b]);
       }
       for (int64_t t = t0; t < t1; t++) {
         Isa::multiply(scratch.strips, count, weight, tiles, t,
@@ -95,15 +97,16 @@ void multiply_blocks(const Block* blocks, int count, const Weight& weight, const
 template <class Isa>
 void linear_blocked(const Weight& weight, const Tiles& tiles, const Output& out, int64_t begin, int64_t end) {
   Scratch<Isa> scratch(tiles);
+  Isa isa(weight);
   Block waiting[2];
   int count = 0;
   for_blocks(weight, begin, end, [&](const Block& block) {
     waiting[count++] = block;
     if (count < Isa::kBlocks) return;
-    multiply_blocks<Isa>(waiting, count, weight, tiles, out, scratch);
+    multiply_blocks<Isa>(waiting, count, weight, tiles, out, scratch, isa);
     count = 0;
   });
-  if (count > 0) multiply_blocks<Isa>(waiting, count, weight, tiles, out, scratch);
+  if (count > 0) multiply_blocks<Isa>(waiting, count, weight, tiles, out, scratch, isa);
 }
 
 // Places for eight codes minus their zero point (below 8 bits), four by four, `step` bytes apart.

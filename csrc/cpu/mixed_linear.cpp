@@ -188,13 +188,12 @@ void make_tiles(const Kernels& kernel, const Tensor& like, int64_t M, int64_t G,
   tiles.M = M;
   tiles.G = G;
   tiles.group_size = static_cast<int>(group_size);
-  tiles.padded_group = static_cast<int>(ceil_div(group_size, kChunk) * kChunk);
-  tiles.tile = kernel.tile_width(M);
-  const int64_t floats = M * G * 4, codes = M * G * tiles.padded_group;
-  out.memory = torch::stable::new_empty(like, {codes + 2 * floats}, ScalarType::Byte);
+  kernel.lay_out(tiles);
+  const int64_t values = tiles.tokens() * G, codes = values * tiles.group_bytes;
+  out.memory = torch::stable::new_empty(like, {codes + 8 * values}, ScalarType::Byte);
   tiles.codes = static_cast<uint8_t*>(out.memory.mutable_data_ptr());
-  tiles.scale = reinterpret_cast<float*>(tiles.codes + codes);  // padded groups are multiples of 32 bytes
-  tiles.sum = tiles.scale + M * G;
+  tiles.scale = reinterpret_cast<float*>(tiles.codes + codes);  // group_bytes is a multiple of 4
+  tiles.sum = tiles.scale + values;
 }
 
 void multiply(const Kernels& kernel, const Weight& weight, const Tiles& tiles, const std::optional<Tensor>& bias,

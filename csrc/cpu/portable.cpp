@@ -7,7 +7,13 @@
 namespace torchmix::cpu {
 namespace {
 
-inline uint64_t tile_order(uint64_t eight, int) { return eight; }
+inline uint64_t eight_for_tile(uint64_t eight) { return eight; }
+
+#include "interleaved.inl"
+
+inline void place_codes(const int8_t* codes, const Tiles& tiles, uint8_t* group, int i, int T) {
+  place_interleaved(codes, tiles.padded_group, group, i, T);
+}
 
 #include "activation.inl"
 #include "rows.inl"
@@ -17,7 +23,9 @@ inline uint64_t tile_order(uint64_t eight, int) { return eight; }
 struct Portable {
   static constexpr int kBlocks = 1;
 
-  static void unpack(const Block& block, const Weight& weight, int padded_group, Strip& strip) {
+  explicit Portable(const Weight&) {}
+
+  static void unpack(int, const Block& block, const Weight& weight, int padded_group, Strip& strip) {
     unpack_rows(block, weight, padded_group, strip, spread);
   }
 
@@ -52,10 +60,10 @@ struct Portable {
   }
 };
 
-int tile_width(int64_t M) { return static_cast<int>(M < 4 ? (M > 0 ? M : 1) : 4); }
+void lay_out(Tiles& tiles) { lay_out_interleaved(tiles, static_cast<int>(tiles.M < 4 ? tiles.M : 4)); }
 
 }  // namespace
 
-const Kernels kPortable = {"portable", tile_width, quantize, fill_tiles, copy_tiles, linear_blocked<Portable>};
+const Kernels kPortable = {"portable", lay_out, quantize, fill_tiles, copy_tiles, linear_blocked<Portable>};
 
 }  // namespace torchmix::cpu

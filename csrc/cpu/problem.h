@@ -12,7 +12,7 @@ enum class Float { kFloat32, kFloat16, kBFloat16 };
 constexpr int kBlockRows = 16;   // rows of one width that are worked on together
 constexpr int kChunk = 32;       // codes of a row that are unpacked at a time; groups are padded to a multiple
 constexpr int kMostGroup = 512;  // up to which 255 * 127 * group_size < 2^24, the integers that float32 holds
-constexpr int kSlack = 64;       // bytes that kernels may read behind a row
+constexpr int kSlack = 192;      // bytes that kernels may read behind a row
 constexpr int kMostTile = 16;    // tokens of one tile
 
 // torchmix/packing.py: rows one after another, eight codes in `bits` bytes, lowest bits first.
@@ -38,19 +38,26 @@ struct Input {
   bool per_token;
 };
 
-// Quantized tokens in tiles of `tile` tokens, the last one narrower. A tile of T tokens holds
-// codes (G, padded_group / 4, T, 4), scale (G, T) and sum (G, T); tile t starts at token t * tile.
+// Quantized tokens in tiles of `tile` tokens, the last one narrower. A tile of T tokens holds codes, `group_bytes` for
+// each group and token in an order of the implementation's own, then scale (G, T) and sum (G, T).
+// Tile t starts at token t * tile.
 struct Tiles {
   uint8_t* codes;
   float* scale;
   float* sum;
   int64_t M, G;
-  int group_size, padded_group, tile;
+  int group_size;
+  // Set by Kernels::lay_out from the above.
+  int tile;
+  int padded_group;  // codes of a group with the zeros behind them, a multiple of kChunk
+  int group_bytes;
+  bool wide;  // one tile, whose codes are in the order for few tokens
 
   int64_t num_tiles() const { return (M + tile - 1) / tile; }
+  int64_t tokens() const { return wide ? tile : M; }  // a wide tile may hold tokens of zeros
   int64_t first(int64_t t) const { return t * tile; }
-  int width(int64_t t) const { return static_cast<int>(M - t * tile < tile ? M - t * tile : tile); }
-  uint8_t* tile_codes(int64_t t) const { return codes + first(t) * G * padded_group; }
+  int width(int64_t t) const { return static_cast<int>(tokens() - t * tile < tile ? tokens() - t * tile : tile); }
+  uint8_t* tile_codes(int64_t t) const { return codes + first(t) * G * group_bytes; }
   float* tile_scale(int64_t t) const { return scale + first(t) * G; }
   float* tile_sum(int64_t t) const { return sum + first(t) * G; }
 };
@@ -65,8 +72,7 @@ struct Output {
 // One implementation. Every function works on a part of the problem, and may run in several threads.
 struct Kernels {
   const char* name;
-  // Width of the tiles for M tokens.
-  int (*tile_width)(int64_t M);
+  void (*lay_out)(Tiles& tiles);
   // Tokens begin .. end - 1 into codes int8 (M, K), scale float32 (M, G), group_sum int32 (M, G).
   void (*quantize)(const Input& input, int8_t* codes, float* scale, int32_t* group_sum, int64_t begin, int64_t end);
   // Tiles begin .. end - 1 from floats, or from what `quantize` gave.
