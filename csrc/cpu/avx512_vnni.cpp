@@ -67,6 +67,15 @@ inline void place_codes(const int8_t* codes, const Tiles& tiles, uint8_t* group,
 #include "blocked.inl"
 #include "avx512_unpack.inl"
 
+// Rounded half to even; NaN stays NaN.
+inline __m256i bfloat16_of(__m512 values) {
+  const __m512i bits = _mm512_castps_si512(values);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+}
+
 // --- few tokens ------------------------------------------------------------------------------------------------------
 
 struct Meta {
@@ -268,6 +277,7 @@ struct Avx512 {
           _mm512_store_ps(at, _mm512_fmadd_ps(scaled, _mm512_set1_ps(token_scale[i]), _mm512_load_ps(at)));
         });
       });
+      asm volatile("" ::: "memory");  // y stays in memory: there are no registers for it
     }
   }
 
@@ -300,7 +310,25 @@ struct Avx512 {
 
   static void store(const Output& out, const Block& block, const float* bias, const float* y, int64_t token,
                     int64_t N) {
-    store_rows(out, block, bias, y, token, N);
+    const __m512 values = _mm512_add_ps(_mm512_load_ps(y), _mm512_loadu_ps(bias));
+    const int64_t at = token * N;
+    if (out.type == Float::kFloat32) {
+      alignas(64) float full[kBlockRows];
+      _mm512_store_ps(full, values);
+      for (int i = 0; i < block.count; i++) static_cast<float*>(out.y)[at + block.row[i]] = full[i];
+      return;
+    }
+    alignas(32) uint16_t half[kBlockRows];
+    const __m256i packed = out.type == Float::kBFloat16
+                               ? bfloat16_of(values)
+                               : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(half), packed);
+    uint16_t* to = static_cast<uint16_t*>(out.y) + at;
+    if (block.count == kBlockRows) {
+      repeat<kBlockRows>([&](auto i) TORCHMIX_INLINE { to[block.row[i]] = half[i]; });
+    } else {
+      for (int i = 0; i < block.count; i++) to[block.row[i]] = half[i];
+    }
   }
 };
 

@@ -55,17 +55,21 @@ struct Scratch {
   alignas(64) float scale[2][kMostGroups * kBlockRows];
 };
 
+// Tokens begin .. end - 1 of y (tile, block, token, 16). The blocks of a token lie close together in the result.
 template <class Isa>
 void store_tiles(const Block* blocks, int count, const float* y, int64_t N, const Tiles& tiles, const Output& out,
                  int64_t begin, int64_t end) {
-  float bias[kBlockRows];
+  float bias[2][kBlockRows];
   for (int b = 0; b < count; b++) {
-    for (int i = 0; i < kBlockRows; i++) bias[i] = bias_of(out, blocks[b].row[i]);
-    for (int64_t token = begin; token < end; token++) {
-      // (tile, block, token, 16)
-      const int64_t t = token / tiles.tile, in_tile = token - tiles.first(t);
-      const float* tile_y = y + (tiles.first(t) - begin) * Isa::kBlocks * kBlockRows;
-      Isa::store(out, blocks[b], bias, tile_y + (b * tiles.width(t) + in_tile) * kBlockRows, token, N);
+    for (int i = 0; i < kBlockRows; i++) bias[b][i] = bias_of(out, blocks[b].row[i]);
+  }
+  for (int64_t t = begin / tiles.tile; tiles.first(t) < end; t++) {
+    const float* tile_y = y + (tiles.first(t) - begin) * Isa::kBlocks * kBlockRows;
+    const int T = tiles.width(t);
+    for (int i = 0; i < T; i++) {
+      for (int b = 0; b < count; b++) {
+        Isa::store(out, blocks[b], bias[b], tile_y + (b * T + i) * kBlockRows, tiles.first(t) + i, N);
+      }
     }
   }
 }

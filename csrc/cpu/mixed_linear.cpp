@@ -23,8 +23,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTokenGrain = 1 << 14;  // values that are worth a thread when tokens are quantized
-constexpr int64_t kRowGrain = 1 << 15;    // products that are worth a thread
+constexpr int64_t kTokenGrain = 1 << 16;  // values that are worth waking a thread when tokens are quantized
+constexpr int64_t kRowGrain = 1 << 19;    // products that are worth waking a thread
 
 [[noreturn]] void wrong(const std::string& text) { throw std::invalid_argument(text); }
 

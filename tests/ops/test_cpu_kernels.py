@@ -169,6 +169,20 @@ def test_few_and_many_rows(capability: str, threads: int, rows: int, tokens: int
     assert_close_to_exact(mixed_linear(x, *weight.inner, None, 128), x, weight, None, False)
 
 
+@pytest.mark.parametrize("tokens", [1, 6, 50])
+def test_work_is_shared_among_threads_to_the_same_bits(capability: str, tokens: int) -> None:
+    """Large enough for threads to be woken, also for quantizing; more threads than this machine may have."""
+    weight, x = packed_weight(1100, 2048), torch.randn(tokens, 2048)
+    before = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3, 64):
+        torch.set_num_threads(count)
+        results.append(mixed_linear(x, *weight.inner, None, 128))
+    torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+    assert_close_to_exact(results[0], x, weight, None, False)
+
+
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_nothing_is_read_behind_the_tensors(capability: str, tokens: int) -> None:
     """All tensors end where a page ends that no process may read."""
