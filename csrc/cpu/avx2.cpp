@@ -33,7 +33,7 @@ inline void place_codes(const int8_t* codes, const Tiles& tiles, uint8_t* group,
 struct Avx2 {
   static constexpr int kBlocks = 1;
 
-  explicit Avx2(const Weight&) {}
+  Avx2(const Weight&, int64_t) {}
 
   static void unpack(int, const Block& block, const Weight& weight, int padded_group, Strip& strip) {
     const uint64_t mask = 0x0101010101010101ull * ((1ull << block.bits) - 1);

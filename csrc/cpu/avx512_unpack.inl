@@ -21,7 +21,7 @@ struct Prefetch {
 
   static constexpr int64_t kLeast = 32 << 10, kMost = 384 << 10;  // bytes
 
-  explicit Prefetch(const Weight& weight) : end(weight.codes + weight.codes_bytes) {
+  Prefetch(const Weight& weight, int64_t end_row) : end(codes_end(weight, end_row)) {
     distance = 3 * kBlockRows * (weight.codes_bytes / weight.N);
     distance = distance < kLeast ? kLeast : distance > kMost ? kMost : distance;
   }

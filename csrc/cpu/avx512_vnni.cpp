@@ -166,7 +166,7 @@ void multiply_wide(const Block& block, const Weight& weight, const Tiles& tiles,
 
 template <int T>
 void linear_wide(const Weight& weight, const Tiles& tiles, const Output& out, int64_t begin, int64_t end) {
-  Prefetch ahead(weight);
+  Prefetch ahead(weight, end);
   for_blocks(weight, begin, end, [&](const Block& block) {
     ahead.start(block, weight);
     switch (block.bits) {
@@ -186,7 +186,7 @@ void linear_wide(const Weight& weight, const Tiles& tiles, const Output& out, in
 struct Avx512 {
   static constexpr int kBlocks = 2;
 
-  explicit Avx512(const Weight& weight) : ahead(weight) {}
+  Avx512(const Weight& weight, int64_t end) : ahead(weight, end) {}
 
   // Of 16 groups of a block.
   struct Meta {

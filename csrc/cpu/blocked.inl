@@ -1,7 +1,7 @@
 // Many tokens: blocks of rows are unpacked strip by strip into codes minus zero points, which all tokens then use.
 // Included by every implementation in its own namespace, after rows.inl. `Isa` brings the instructions:
 //   kBlocks        blocks of rows that a tile is multiplied with at a time
-//   Isa(weight)    what a thread keeps in the course of a call
+//   Isa(weight, end) what a thread keeps in the course of a call
 //   unpack(...)    a strip of a block, the first or second at a time, into scratch memory
 //   multiply(...)  a tile of tokens with a strip of kBlocks blocks, added to y
 //   store(...)     results of a block for one token
@@ -101,7 +101,7 @@ void multiply_blocks(const Block* blocks, int count, const Weight& weight, const
 template <class Isa>
 void linear_blocked(const Weight& weight, const Tiles& tiles, const Output& out, int64_t begin, int64_t end) {
   Scratch<Isa> scratch(tiles);
-  Isa isa(weight);
+  Isa isa(weight, end);
   Block waiting[2];
   int count = 0;
   for_blocks(weight, begin, end, [&](const Block& block) {

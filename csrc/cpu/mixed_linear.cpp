@@ -89,6 +89,7 @@ Quantized quantize_rows(const Tensor& rows, int64_t group_size, bool per_token) 
 struct CheckedWeight {
   Tensor codes, scale, zero_point, row_bits;
   std::vector<uint8_t> copied;
+  std::vector<int64_t> offsets;
   Weight weight = {};
 };
 
@@ -110,17 +111,35 @@ void copy_last_rows(CheckedWeight& checked) {
   weight.first_copied = first;
 }
 
-void check_widths(const Weight& weight) {
-  int64_t rows[256] = {}, bits_of_row = 0, zero_bytes = 0;
-  for (int64_t n = 0; n < weight.N; n++) rows[weight.row_bits[n]]++;
-  int64_t known = 0;
+void check_widths(CheckedWeight& checked) {
+  Weight& weight = checked.weight;
+  int64_t lengths[256] = {}, zero_lengths[256] = {};  // no length: not a width
   for (int bits = 2; bits <= 8; bits++) {
-    known += rows[bits];
-    bits_of_row += bits * rows[bits];
-    if (bits < 8) zero_bytes += rows[bits] * ceil_div(weight.G * bits, 8);
+    lengths[bits] = bits * ceil_div(weight.K, 8);
+    zero_lengths[bits] = bits == 8 ? 0 : ceil_div(weight.G * bits, 8);
   }
-  if (known != weight.N) wrong("mixed_linear: row_bits must hold numbers from 2 to 8");
-  const int64_t needed = bits_of_row * ceil_div(weight.K, 8);
+  const int64_t known = ceil_div(weight.N, kOffsetRows) + 1;
+  checked.offsets.resize(static_cast<size_t>(2 * known));
+  int64_t* code_offsets = checked.offsets.data();
+  int64_t* zero_point_offsets = code_offsets + known;
+  int64_t needed = 0, zero_bytes = 0;
+  bool valid = true;
+  for (int64_t first = 0, i = 0; first < weight.N; first += kOffsetRows, i++) {
+    code_offsets[i] = needed;
+    zero_point_offsets[i] = zero_bytes;
+    const int64_t end = first + kOffsetRows < weight.N ? first + kOffsetRows : weight.N;
+    for (int64_t n = first; n < end; n++) {
+      const uint8_t bits = weight.row_bits[n];
+      valid &= bits >= 2 && bits <= 8;
+      needed += lengths[bits];
+      zero_bytes += zero_lengths[bits];
+    }
+  }
+  if (!valid) wrong("mixed_linear: row_bits must hold numbers from 2 to 8");
+  code_offsets[known - 1] = needed;
+  zero_point_offsets[known - 1] = zero_bytes;
+  weight.code_offsets = code_offsets;
+  weight.zero_point_offsets = zero_point_offsets;
   if (needed != weight.codes_bytes || zero_bytes != weight.zero_point_bytes) {
     wrong("mixed_linear: the input has " + std::to_string(weight.K) + " features, for which these " +
           std::to_string(weight.N) + " row widths need " + std::to_string(needed) + " bytes of codes and " +
@@ -171,7 +190,7 @@ void check_weight(const WeightArguments& given, int64_t K, CheckedWeight& checke
   weight.K = K;
   weight.G = G;
   weight.group_size = static_cast<int>(given.group_size);
-  check_widths(weight);
+  check_widths(checked);
   copy_last_rows(checked);
 }
 

@@ -23,7 +23,7 @@ inline void place_codes(const int8_t* codes, const Tiles& tiles, uint8_t* group,
 struct Portable {
   static constexpr int kBlocks = 1;
 
-  explicit Portable(const Weight&) {}
+  Portable(const Weight&, int64_t) {}
 
   static void unpack(int, const Block& block, const Weight& weight, int padded_group, Strip& strip) {
     unpack_rows(block, weight, padded_group, strip, spread);

@@ -13,6 +13,7 @@ constexpr int kBlockRows = 16;   // rows of one width that are worked on togethe
 constexpr int kChunk = 32;       // codes of a row that are unpacked at a time; groups are padded to a multiple
 constexpr int kMostGroup = 512;  // up to which 255 * 127 * group_size < 2^24, the integers that float32 holds
 constexpr int kSlack = 192;      // bytes that kernels may read behind a row
+constexpr int kOffsetRows = 64;  // rows from one known offset to the next
 constexpr int kMostTile = 16;    // tokens of one tile
 
 // torchmix/packing.py: rows one after another, eight codes in `bits` bytes, lowest bits first.
@@ -24,6 +25,9 @@ struct Weight {
   int64_t codes_bytes, zero_point_bytes;
   int64_t N, K, G;
   int group_size;
+  // Where every kOffsetRows-th row begins, and the end.
+  const int64_t* code_offsets;
+  const int64_t* zero_point_offsets;
   // The last rows once more, followed by kSlack readable bytes: for rows from `first_copied` on.
   const uint8_t* copied;
   int64_t first_copied, copied_offset;

@@ -23,6 +23,11 @@ inline void fill_up(Block& block) {
   }
 }
 
+// A byte behind the codes of rows .. end - 1, at the next known offset.
+inline const uint8_t* codes_end(const Weight& weight, int64_t end) {
+  return weight.codes + weight.code_offsets[(end + kOffsetRows - 1) / kOffsetRows];
+}
+
 // Calls `take(block)` for rows begin .. end - 1 in blocks of one width, about in the order of memory.
 template <class Take>
 void for_blocks(const Weight& weight, int64_t begin, int64_t end, const Take& take) {
@@ -33,8 +38,9 @@ void for_blocks(const Weight& weight, int64_t begin, int64_t end, const Take& ta
     lengths[bits] = blocks_of_eight(weight.K) * bits;
     zero_lengths[bits] = zero_point_length(weight.G, bits);
   }
-  int64_t at = 0, zero_at = 0;
-  for (int64_t n = 0; n < begin; n++) {
+  const int64_t known = begin / kOffsetRows;
+  int64_t at = weight.code_offsets[known], zero_at = weight.zero_point_offsets[known];
+  for (int64_t n = known * kOffsetRows; n < begin; n++) {
     at += lengths[weight.row_bits[n]];
     zero_at += zero_lengths[weight.row_bits[n]];
   }
