@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "batch.cuh"
+#include "prepare.cuh"
 
 namespace torchmix {
 
