@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -25,6 +26,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kTokenGrain = 1 << 16;  // values that are worth waking a thread when tokens are quantized
 constexpr int64_t kRowGrain = 1 << 19;    // products that are worth waking a thread
+
+constexpr int64_t kPieces = 4;            // of the rows for each thread
 
 [[noreturn]] void wrong(const std::string& text) { throw std::invalid_argument(text); }
 
@@ -223,8 +226,17 @@ void multiply(const Kernels& kernel, const Weight& weight, const Tiles& tiles, c
     out.bias = dense_bias.const_data_ptr();
     out.bias_type = float_type(dense_bias.scalar_type(), "the bias");
   }
-  torch::stable::parallel_for(0, weight.N, grain(kRowGrain, weight.K * tiles.M), [&](int64_t begin, int64_t end) {
-    kernel.linear(weight, tiles, out, begin, end);
+  // Threads take pieces of rows as they come: one that is woken late, or is held up, leaves more to the others.
+  const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t worth = ceil_div(weight.N, grain(kRowGrain, weight.K * tiles.M));
+  const int64_t threads = worth < most ? worth : most;
+  const int64_t pieces = threads == 1 ? 1 : threads * kPieces;
+  const int64_t rows = ceil_div(ceil_div(weight.N, pieces), kOffsetRows) * kOffsetRows;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.fetch_add(rows); begin < weight.N; begin = next.fetch_add(rows)) {
+      kernel.linear(weight, tiles, out, begin, begin + rows < weight.N ? begin + rows : weight.N);
+    }
   });
 }
 
