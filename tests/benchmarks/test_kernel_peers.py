@@ -74,8 +74,8 @@ def test_torchmix_results_are_those_of_the_operands(name: str, mix: str) -> None
 
 def test_weight_bytes_count_everything() -> None:
     layers = our_layers(random_weight(128, 256, "cpu"), parse_mix("4"))
-    tiles = 2 * 2 * (64 * 128 // 2 + 192)
-    assert layers[OURS].weight_bytes == tiles + 128 * 4 + 2 * 3 * 4
+    tiles = 4 * 2 * (32 * 128 // 2 + 128)  # 4 of them, of 2 groups
+    assert layers[OURS].weight_bytes == tiles + 128 * 4 + 4 * 3 * 4
     assert PEERS["bf16"].build(random_weight(128, 256, "cpu")).weight_bytes == 128 * 256 * 2
 
 
