@@ -107,51 +107,49 @@ void quantize(const Input& in, int8_t* codes, float* scale, int32_t* group_sum, 
   }
 }
 
-// Token i of tile t: codes of group g, zeros behind them, scale and sum.
-inline void place(const int8_t* codes, const Quantized& group, const Tiles& tiles, int64_t t, int i, int64_t g) {
+// Tiles group by group: quantize(token, g, codes) gives a group's codes, scale and sum. What a tile holds besides, behind
+// the codes of a group and for tokens that are not there, is zero.
+template <class Quantize>
+void fill_groups(const Tiles& tiles, int64_t K, int64_t t, const Quantize& quantize_token) {
+  int8_t codes[kMostTile][kMostGroup];
   const int T = tiles.width(t);
-  place_codes(codes, tiles, tiles.tile_codes(t) + g * tiles.group_bytes * T, i, T);
-  tiles.tile_scale(t)[g * T + i] = group.scale;
-  tiles.tile_sum(t)[g * T + i] = static_cast<float>(group.sum);
-}
-
-// What stands in a wide tile for tokens that are not there.
-inline void place_nothing(const Tiles& tiles) {
-  const int8_t codes[kMostGroup] = {};
-  for (int64_t i = tiles.M; i < tiles.tokens(); i++) {
-    for (int64_t g = 0; g < tiles.G; g++) place(codes, {0.0f, 0}, tiles, 0, static_cast<int>(i), g);
+  for (int64_t g = 0; g < tiles.G; g++) {
+    const int count = group_length(K, tiles.group_size, g);
+    for (int i = 0; i < T; i++) {
+      Quantized group = {0.0f, 0};
+      int filled = 0;
+      if (tiles.first(t) + i < tiles.M) {
+        group = quantize_token(i, g, codes[i]);
+        filled = count;
+      }
+      std::memset(codes[i] + filled, 0, static_cast<size_t>(tiles.padded_group - filled));
+      tiles.tile_scale(t)[g * T + i] = group.scale;
+      tiles.tile_sum(t)[g * T + i] = static_cast<float>(group.sum);
+    }
+    place_group(codes, tiles, tiles.tile_codes(t) + g * tiles.group_bytes * T, T);
   }
 }
 
 void fill_tiles(const Input& in, const Tiles& tiles, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; t++) {
-    for (int i = 0; i < tiles.width(t) && tiles.first(t) + i < tiles.M; i++) {
-      const int64_t token = tiles.first(t) + i;
-      const uint32_t largest = in.per_token ? largest_of_token(in, token) : 0;
-      for (int64_t g = 0; g < in.G; g++) {
-        int8_t codes[kMostGroup];
-        const int count = group_length(in.K, in.group_size, g);
-        const Quantized group = quantize_one(in, token, g, largest, codes);
-        std::memset(codes + count, 0, static_cast<size_t>(tiles.padded_group - count));
-        place(codes, group, tiles, t, i, g);
-      }
+    uint32_t largest[kMostTile] = {};
+    for (int i = 0; in.per_token && i < tiles.width(t) && tiles.first(t) + i < tiles.M; i++) {
+      largest[i] = largest_of_token(in, tiles.first(t) + i);
     }
+    fill_groups(tiles, in.K, t, [&](int i, int64_t g, int8_t* codes) {
+      return quantize_one(in, tiles.first(t) + i, g, largest[i], codes);
+    });
   }
-  place_nothing(tiles);
 }
 
 void copy_tiles(const int8_t* from, const float* scale, const int32_t* group_sum, int64_t K, const Tiles& tiles,
                 int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; t++) {
-    for (int i = 0; i < tiles.width(t) && tiles.first(t) + i < tiles.M; i++) {
+    fill_groups(tiles, K, t, [&](int i, int64_t g, int8_t* codes) -> Quantized {
       const int64_t token = tiles.first(t) + i;
-      for (int64_t g = 0; g < tiles.G; g++) {
-        int8_t codes[kMostGroup] = {};
-        const int count = group_length(K, tiles.group_size, g);
-        std::memcpy(codes, from + token * K + g * tiles.group_size, static_cast<size_t>(count));
-        place(codes, {scale[token * tiles.G + g], group_sum[token * tiles.G + g]}, tiles, t, i, g);
-      }
-    }
+      std::memcpy(codes, from + token * K + g * tiles.group_size,
+                  static_cast<size_t>(group_length(K, tiles.group_size, g)));
+      return {scale[token * tiles.G + g], group_sum[token * tiles.G + g]};
+    });
   }
-  place_nothing(tiles);
 }

@@ -38,16 +38,6 @@ struct Prefetch {
   }
 };
 
-// In each lane of 16 bytes: a 4 x 4 matrix of dwords, transposed.
-inline void transpose_lanes(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out) {
-  const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
-  const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
-  out[0] = _mm512_unpacklo_epi64(ab_low, cd_low);
-  out[1] = _mm512_unpackhi_epi64(ab_low, cd_low);
-  out[2] = _mm512_unpacklo_epi64(ab_high, cd_high);
-  out[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
-}
-
 // Bytes of eight times eight codes, kBits of them into each qword (what follows them does not matter), and the bits
 // where the codes of a qword begin.
 template <int kBits>
@@ -100,22 +90,8 @@ inline TORCHMIX_INLINE __m512i sums_of(const __m512i* v) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
 }
 
-// 16 x 16 dwords.
-inline void transpose_16(__m512i* r) {
-  __m512i s[16];
-  repeat<4>([&](auto q) TORCHMIX_INLINE { transpose_lanes(r[4 * q], r[4 * q + 1], r[4 * q + 2], r[4 * q + 3], s + 4 * q); });
-  repeat<4>([&](auto c) TORCHMIX_INLINE {  // s[4 q + c]: lane l has column 4 l + c of rows 4 q .. 4 q + 3
-    const __m512i a = _mm512_shuffle_i32x4(s[c], s[4 + c], 0x44), b = _mm512_shuffle_i32x4(s[8 + c], s[12 + c], 0x44);
-    const __m512i d = _mm512_shuffle_i32x4(s[c], s[4 + c], 0xee), e = _mm512_shuffle_i32x4(s[8 + c], s[12 + c], 0xee);
-    r[c] = _mm512_shuffle_i32x4(a, b, 0x88);
-    r[4 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    r[8 + c] = _mm512_shuffle_i32x4(d, e, 0x88);
-    r[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
-  });
-}
-
 // 128 codes of 16 rows from byte `at` of each row (4 bits), or 64: w[i] has four codes of every row, in the order of
-// eight_for_tile. take(i, w[i]) for all of them.
+// place_group. take(i, w[i]) for all of them.
 template <int kBits, class Take>
 inline TORCHMIX_INLINE void unpack_rows_of_block(const uint8_t* const* rows, int64_t at, const Take& take) {
   const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1));

@@ -30,10 +30,10 @@ inline uint64_t even_then_odd(uint64_t eight) {
   return _pext_u64(eight, 0x00ff00ff00ff00ffull) | _pext_u64(eight, 0xff00ff00ff00ff00ull) << 32;
 }
 
-// In tiles weights are the signed operand of a product, and tokens the unsigned one: 128 is added.
-inline uint64_t eight_for_tile(uint64_t eight) { return even_then_odd(eight) ^ 0x8080808080808080ull; }
-
 #include "interleaved.inl"
+#include "repeat.inl"
+
+#include "avx512_order.inl"
 
 // Few tokens: (group, chunk, token, 256): the codes of a chunk in order, then the even ones, then the odd ones.
 inline void place_wide(const int8_t* codes, const Tiles& tiles, uint8_t* group, int i, int T) {
@@ -51,15 +51,30 @@ inline void place_wide(const int8_t* codes, const Tiles& tiles, uint8_t* group, 
   }
 }
 
-inline void place_codes(const int8_t* codes, const Tiles& tiles, uint8_t* group, int i, int T) {
+// Else (group, padded_group / 4, token, 4). Eight codes are in the order in which 4-bit codes leave a byte, even then
+// odd. Weights are the signed operand of a product there and tokens the unsigned one: 128 is added.
+inline void place_group(const int8_t (*codes)[kMostGroup], const Tiles& tiles, uint8_t* group, int T) {
   if (tiles.wide) {
-    place_wide(codes, tiles, group, i, T);
-  } else {
-    place_interleaved(codes, tiles.padded_group, group, i, T);
+    for (int i = 0; i < T; i++) place_wide(codes[i], tiles, group, i, T);
+    return;
+  }
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+  const __m512i plus_128 = _mm512_set1_epi8(-128);
+  const __mmask16 tokens = static_cast<__mmask16>((1u << T) - 1);
+  for (int k = 0; k < tiles.padded_group; k += 64) {
+    __m512i v[16];
+    repeat<16>([&](auto i) TORCHMIX_INLINE {
+      v[i] = _mm512_setzero_si512();
+      if (i < T) v[i] = _mm512_loadu_si512(codes[i] + k);
+      v[i] = _mm512_xor_si512(_mm512_shuffle_epi8(v[i], order), plus_128);
+    });
+    transpose_16(v);
+    const int vectors = tiles.padded_group - k < 64 ? (tiles.padded_group - k) / 4 : 16;
+    repeat<16>([&](auto i) TORCHMIX_INLINE {
+      if (i < vectors) _mm512_mask_storeu_epi32(group + (k / 4 + i) * 4 * T, tokens, v[i]);
+    });
   }
 }
-
-#include "repeat.inl"
 
 #include "activation.inl"
 #include "rows.inl"

@@ -63,11 +63,19 @@ void store_tiles(const Block* blocks, int count, const float* y, int64_t N, cons
   for (int b = 0; b < count; b++) {
     for (int i = 0; i < kBlockRows; i++) bias[b][i] = bias_of(out, blocks[b].row[i]);
   }
+  constexpr int kAhead = 8;  // tokens; their places in the result are far apart
+  const int64_t value_bytes = out.type == Float::kFloat32 ? 4 : 2;
+  const auto fetch = [&](int64_t token, const Block& block) {
+    const int64_t at = (token < end ? token : end - 1) * N;
+    __builtin_prefetch(static_cast<const char*>(out.y) + (at + block.row[0]) * value_bytes, 1);
+    __builtin_prefetch(static_cast<const char*>(out.y) + (at + block.row[block.count - 1]) * value_bytes, 1);
+  };
   for (int64_t t = begin / tiles.tile; tiles.first(t) < end; t++) {
     const float* tile_y = y + (tiles.first(t) - begin) * Isa::kBlocks * kBlockRows;
     const int T = tiles.width(t);
     for (int i = 0; i < T; i++) {
       for (int b = 0; b < count; b++) {
+        fetch(tiles.first(t) + i + kAhead, blocks[b]);
         Isa::store(out, blocks[b], bias[b], tile_y + (b * T + i) * kBlockRows, tiles.first(t) + i, N);
       }
     }

@@ -7,12 +7,10 @@
 namespace torchmix::cpu {
 namespace {
 
-inline uint64_t eight_for_tile(uint64_t eight) { return eight; }
-
 #include "interleaved.inl"
 
-inline void place_codes(const int8_t* codes, const Tiles& tiles, uint8_t* group, int i, int T) {
-  place_interleaved(codes, tiles.padded_group, group, i, T);
+inline void place_group(const int8_t (*codes)[kMostGroup], const Tiles& tiles, uint8_t* group, int T) {
+  place_interleaved(codes, tiles, group, T);
 }
 
 #include "activation.inl"
