@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=passive python benchmarks/kernels/bench_cpu.py --quick
 
 A machine's memory and clocks may drift by factors within minutes, so only ratios within a round count: each round
-calls every peer once, and a line of the table has the median of the ratios to ``F.linear`` in bfloat16. Weights
+calls every peer once in random order, and a line of the table has the median of the ratios to ``F.linear`` in bfloat16. Weights
 rotate over copies, so that they come from memory and not from a cache. The activations' quantization is inside of the
 time. The CSV names machine, instructions, threads and version.
 """
@@ -14,6 +14,7 @@ import argparse
 import itertools
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -119,7 +120,9 @@ def measure(peers: Sequence[Timed], x: Tensor, out_features: int, rounds: int) -
         except FAILURES as error:
             rows[peer.name] = _changed(rows[peer.name], note=_reason(error))
     running = [peer for peer in peers if peer.name in times]
+    order = random.Random(0)
     for _ in range(rounds):
+        order.shuffle(running)  # what one peer leaves in caches and thread pools meets all the others alike
         for peer in running:
             times[peer.name].append(peer.seconds(x))
     for name, seconds in times.items():

@@ -139,6 +139,8 @@ def torchao_w8a8(weight: Tensor) -> CpuPeer:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     rows, inputs = weight.shape
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # every copy is compiled for every number of tokens
 
     def make_copy() -> Call:
         layer = nn.Linear(inputs, rows, bias=False, dtype=torch.bfloat16)
