@@ -3,9 +3,9 @@
     OMP_WAIT_POLICY=passive python benchmarks/kernels/bench_cpu.py --quick
 
 A machine's memory and clocks may drift by factors within minutes, so only ratios within a round count: each round
-calls every peer once in random order, and a line of the table has the median of the ratios to ``F.linear`` in bfloat16. Weights
-rotate over copies, so that they come from memory and not from a cache. The activations' quantization is inside of the
-time. The CSV names machine, instructions, threads and version.
+calls every peer once, in random order, and a line of the table has the median of the ratios to ``F.linear`` in
+bfloat16. Weights rotate over copies, so that they come from memory and not from a cache. The activations'
+quantization is inside of the time. The CSV names machine, instructions, threads and version.
 """
 
 from __future__ import annotations

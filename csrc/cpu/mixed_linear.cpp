@@ -28,6 +28,7 @@ constexpr int64_t kTokenGrain = 1 << 16;  // values that are worth waking a thre
 constexpr int64_t kRowGrain = 1 << 19;    // products that are worth waking a thread
 
 constexpr int64_t kPieces = 4;            // of the rows for each thread
+constexpr int64_t kPieceRows = 512;       // of a piece at least: the last block of each width is seldom full
 
 [[noreturn]] void wrong(const std::string& text) { throw std::invalid_argument(text); }
 
@@ -230,8 +231,9 @@ void multiply(const Kernels& kernel, const Weight& weight, const Tiles& tiles, c
   const int64_t most = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t worth = ceil_div(weight.N, grain(kRowGrain, weight.K * tiles.M));
   const int64_t threads = worth < most ? worth : most;
-  const int64_t pieces = threads == 1 ? 1 : threads * kPieces;
-  const int64_t rows = ceil_div(ceil_div(weight.N, pieces), kOffsetRows) * kOffsetRows;
+  const int64_t share = ceil_div(weight.N, threads), piece = ceil_div(share, kPieces);
+  const int64_t least = share < kPieceRows ? share : kPieceRows;
+  const int64_t rows = ceil_div(piece < least ? least : piece, kOffsetRows) * kOffsetRows;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t begin = next.fetch_add(rows); begin < weight.N; begin = next.fetch_add(rows)) {
