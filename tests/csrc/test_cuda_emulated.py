@@ -181,7 +181,7 @@ def test_random_problems(seed: int) -> None:
     )  # without clusters less memory, too
     groups = -(-inputs // 128)
     blocks = one_of(*(b for b in (1, 2, 4, 8) if b <= groups)) if clusters else 1
-    slots = one_of(4, 5, 8, 11)
+    slots = one_of(4, 5, 8, 11) if clusters else one_of(4, 5)  # without clusters less memory, too
     how = Stream(together, blocks, slots, one_of(1, 2, 3, 5), seed, arch)
     shape = (one_of(1, 2, 7, 8, 15, 16, 17, 33, 65), one_of(1, 63, 64, 65, 200, 500), inputs)
     widths = (MIXED, EIGHT, NARROW, (*[4] * 9, 8))[one_of(0, 1, 2, 3)]
