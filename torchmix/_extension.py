@@ -154,7 +154,8 @@ def _load_library(path: Path) -> KernelLibrary:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        message = f"{type(error).__name__}: {error}"
+        reason = error.__cause__ or error  # torch names the file only, its cause the missing symbol
+        message = f"{type(reason).__name__}: {reason}"
         warnings.warn(
             f"torchmix: {path} failed to load ({message}); {_FALLBACK}", RuntimeWarning, stacklevel=2
         )

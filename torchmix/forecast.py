@@ -123,7 +123,6 @@ def forecast_memory(
     if sequence_length is not None:
         probe = probe_model(model, selection)
         kept += probe.hessian_bytes if hessians else 0
-        scoring = max(_scoring_bytes(target, sequence_length) for target in selection.targets)
         blocks = _num_blocks(model, selection)
         hidden = _hidden_bytes(model, selection, blocks, num_samples * sequence_length)
         chunk = chunk_samples(selection.targets[0].weight.device, sequence_length) if blocks else 1

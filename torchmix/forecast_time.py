@@ -124,9 +124,8 @@ def forecast_time(
             calibration += num_widths * _SWEEP_SHARE["rtn"] * layer.sweep_seconds(speed)
         if tokens and not calibrated:
             passes = tokens * (2 * layer.active + 2 * _SHARED_INPUTS * layer.columns**2)
-            scores = (
-                scored_tokens * layer.active * (4 + 2 * num_widths)
-            )  # once more forward, backward, errors
+            # once more forward, backward, and the output error at each width
+            scores = scored_tokens * layer.active * (4 + 2 * num_widths)
             outputs = scored_tokens * num_widths * layer.active / layer.columns
             calibration += (passes + scores) / speed.flops + layer.gptq_seconds(speed, num_widths)
             calibration += _SCORING_SHARE * outputs * speed.weight_seconds

@@ -118,6 +118,14 @@ void run_batch(const StreamParams& params, const Tensor& on, const DeviceLimits&
 
 bool takes_batch(int64_t M, const DeviceLimits& limits) { return limits.clusters && M > kStreamMostTokens; }
 
+void run(StreamParams& params, const Tensor& on, const DeviceLimits& limits) {
+  if (takes_batch(params.M, limits)) {
+    run_batch(params, on, limits, current_stream(on));
+  } else {
+    run_stream(params, limits, current_stream(on));
+  }
+}
+
 Tensor linear_of_codes(const Tensor& codes, const Tensor& scale, const Tensor& group_sum, const TiledWeight& weight,
                        ScalarType dtype) {
   const int64_t M = codes.size(0), K = codes.size(1);
@@ -133,11 +141,7 @@ Tensor linear_of_codes(const Tensor& codes, const Tensor& scale, const Tensor& g
   params.token_scale = static_cast<const float*>(scale.const_data_ptr());
   params.group_sum = static_cast<const int32_t*>(group_sum.const_data_ptr());
   params.aligned = K % 4 == 0 && is_aligned(params.codes, 4);
-  if (takes_batch(M, limits)) {
-    run_batch(params, codes, limits, current_stream(codes));
-  } else {
-    run_stream(params, limits, current_stream(codes));
-  }
+  run(params, codes, limits);
   return y;
 }
 
@@ -155,11 +159,7 @@ Tensor linear_of_floats(const Tensor& rows, const TiledWeight& weight) {
   params.x_type = float_type(rows, "mixed_linear: x");
   params.x_stride = rows.stride(0);
   params.aligned = K % 4 == 0 && params.x_stride % 4 == 0 && is_aligned(params.x, 16);
-  if (takes_batch(M, limits)) {
-    run_batch(params, rows, limits, current_stream(rows));
-  } else {
-    run_stream(params, limits, current_stream(rows));
-  }
+  run(params, rows, limits);
   return y;
 }
 
