@@ -50,24 +50,32 @@ def code_in_block(block: list[int], bits: int, row: int, k: int) -> int:
     for plane, low in PLANES[bits]:
         byte, shift = place(plane, row, k)
         code |= (block[start + byte] >> shift & (2**plane - 1)) << low
-        start += 512 * plane
+        start += 1024 * plane
     return code
 
 
 def parameters_in_block(block: list[int], bits: int, row: int) -> tuple[int, int]:
-    """The scale's 16 bits and the zero point of a row."""
+    """The scale's 16 bits, and those of zero point and sum, of a row."""
     pair, second = row // 16 * 8 + row % 8, row % 16 // 8
-    scale = 512 * bits + 4 * pair + 2 * second
-    return block[scale] | block[scale + 1] << 8, block[512 * bits + 64 + 2 * pair + second]
+    scale = 1024 * bits + 4 * pair + 2 * second
+    other = scale + 128
+    return block[scale] | block[scale + 1] << 8, block[other] | block[other + 1] << 8
+
+
+def zero_point_and_sum(bits: int, zero_point: int, codes: list[int]) -> int:
+    """What stands beside a scale, for the 128 bytes of a row in a group."""
+    if bits == 8:
+        return sum((code + 128) % 256 for code in codes)  # of the signed code, + 128
+    return zero_point | sum(codes) << bits if bits <= 4 else zero_point
 
 
 def expected_rows(weight: PackedWeight) -> list[tuple[int, list[int]]]:
-    """(width, its original rows or -1 for each of 32 places) of every tile, in order."""
+    """(width, its original rows or -1 for each of 64 places) of every tile, in order."""
     found = []
     for bits in sorted(WIDTHS, reverse=True):
         rows = [n for n, width in enumerate(weight.row_bits.tolist()) if width == bits]
         rows += [-1] * (-len(rows) % 64)
-        found += [(bits, rows[start : start + 32]) for start in range(0, len(rows), 32)]
+        found += [(bits, rows[start : start + 64]) for start in range(0, len(rows), 64)]
     return found
 
 
@@ -84,26 +92,28 @@ def test_every_element_lies_where_the_formulas_put_it(bits: int, in_features: in
     expected, data, start = expected_rows(weight), tiles.tolist(), 0
     assert row_index.tolist() == [row for _, rows in expected for row in rows]
     wide_tiles = sum(width > 4 for width, _ in expected)
-    for (width, rows), (offset, table_width, wide) in zip(expected, tile_table.tolist(), strict=True):
-        assert (16 * offset, table_width, wide) == (start, width, wide_tiles)
+    for (width, rows), (offset, table_width, wide, ordinary) in zip(
+        expected, tile_table.tolist(), strict=True
+    ):
+        assert (16 * offset, table_width, wide, ordinary) == (start, width, wide_tiles, 1)
         for g in range(groups):
-            block = data[start : start + 512 * width + 128]
+            block = data[start : start + 1024 * width + 256]
             start += len(block)
             for place_in_tile, row in enumerate(rows):
-                wanted = (scales[row][g], zeros[row][g]) if row >= 0 else (0, 0)
+                inside = codes[row][128 * g : 128 * g + 128] if row >= 0 else []
+                inside += [0] * (128 - len(inside))
+                scale, zero_point = (scales[row][g], zeros[row][g]) if row >= 0 else (0, 0)
+                wanted = scale, zero_point_and_sum(width, zero_point, inside)
                 assert parameters_in_block(block, width, place_in_tile) == wanted
-                for k in range(128):
-                    inside = row >= 0 and 128 * g + k < in_features
-                    code = codes[row][128 * g + k] if inside else 0
-                    assert code_in_block(block, width, place_in_tile, k) == code
+                assert [code_in_block(block, width, place_in_tile, k) for k in range(128)] == inside
     assert start == len(data)
 
 
 @pytest.mark.parametrize("plane", [8, 4, 2, 1])
 def test_planes_have_no_gaps(plane: int) -> None:
     """The formulas of the test itself: every bit of a plane belongs to one code."""
-    places = {place(plane, row, k) for row in range(32) for k in range(128)}
-    assert places == {(byte, bit) for byte in range(512 * plane) for bit in range(0, 8, plane)}
+    places = {place(plane, row, k) for row in range(64) for k in range(128)}
+    assert places == {(byte, bit) for byte in range(1024 * plane) for bit in range(0, 8, plane)}
 
 
 @given(
@@ -122,7 +132,7 @@ def test_round_trip_is_exact(widths: list[int], rows: int, in_features: int, see
         assert torch.equal(part, expected)
     groups = -(-in_features // 128)
     assert tiles.numel() == sum(groups * block_bytes(bits) for bits in tile_table[:, 1].tolist())
-    assert row_index.numel() == 32 * len(tile_table)
+    assert row_index.numel() == 64 * len(tile_table)
     assert sorted(row for row in row_index.tolist() if row >= 0) == list(range(rows))
 
 
@@ -159,10 +169,55 @@ def test_signed_codes_and_any_scale_bits_survive() -> None:
     assert torch.equal(unpack_zero_points(zero_point, bits, 1), weight.zero_points)
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("largest", [False, True])
+def test_smallest_and_largest_sums(bits: int, largest: bool) -> None:
+    """All codes and zero points as they may be at most, or at least (-128 in damaged files only)."""
+    weight = packed_weight(64, 128, widths=(bits,))
+    most = 2**bits - 1
+    weight.codes.fill_((127 if largest else -128) if bits == 8 else (most if largest else 0))
+    weight.zero_points.fill_(most if largest and bits < 8 else 0)
+    found = parameters_in_block(packed(weight).tiles.tolist(), bits, 17)[1]
+    if bits == 8:
+        assert found == (255 * 128 if largest else 0)
+    else:
+        assert found == (most | (128 * most << bits if bits <= 4 else 0) if largest else 0)
+        assert found < 2**15
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(unpack_tiles(*packed(weight), 64, 128), weight.inner, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("scale", "ordinary"),
+    [
+        *((scale, 1) for scale in (0.0, -0.0, 2.0**-90, 1.0, 4.0)),
+        *((scale, 0) for scale in (2.0**-91, 2.0**-126, 4.03125, 2.0**127, -1.0)),
+        *((float(scale), 0) for scale in ("nan", "inf", "-inf")),
+    ],
+)
+@pytest.mark.parametrize("most", [1, 1 << 24])
+def test_tiles_with_unusual_scales_are_marked(
+    scale: float, ordinary: int, most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One scale of the last of 4 tiles, whose other rows are padding."""
+    monkeypatch.setattr(tiles_module, "CHUNK_CODES", most)
+    weight = packed_weight(2 * 64 + 65 + 1, 140, widths=(3,))
+    weight.row_bits[:128] = 8
+    weight.codes.clamp_(0, 7)
+    weight.zero_points[:128] = 0
+    weight.scale[-1, 1] = scale
+    table = pack_tiles(*weight.inner_on(device), 140).tile_table
+    assert table.dtype == torch.int32
+    assert table[:, 3].tolist() == [1, 1, 1, ordinary]
+    assert table[:, 1].tolist() == [8, 8, 3, 3]
+
+
 def test_block_bytes_are_whole_units() -> None:
     for bits in WIDTHS:
-        assert block_bytes(bits) == 512 * bits + 128
-        assert block_bytes(bits) % 16 == 0
+        assert block_bytes(bits) == 1024 * bits + 256
+        assert block_bytes(bits) % 128 == 0
 
 
 def test_other_group_sizes_are_refused() -> None:

@@ -1,21 +1,21 @@
 """Tile layout of packed weights (L0): the order in which GPU kernels read them; on disk it never occurs.
 
 Rows are sorted by width, widest first, and stay in their original order within a width. The rows of each width
-are filled up to a multiple of 64 with padding rows, and cut into tiles of 32 rows, so that tiles of one width come in
-pairs. A tile is a row of G blocks, one per group of 128 inputs; a block is complete in itself::
+are filled up to a multiple of 64 with padding rows, and cut into tiles of 64 rows. A tile is a row of G blocks, one
+per group of 128 inputs; a block is complete in itself::
 
-    tiles   | tile 0: 32 rows, 8 bits      | tile 1: 8 bits |  ...  | tile t: 4 bits |  ...
+    tiles   | tile 0: 64 rows, 8 bits      | tile 1: 8 bits |  ...  | tile t: 4 bits |  ...
             | block 0 | block 1 | .. | G-1 |
-    block   | code planes, 512 * b bytes | 16 scale pairs, 64 bytes | 16 zero-point pairs, 32 bytes | 32 bytes of 0 |
+    block   | code planes, 1024 * b bytes | 32 scale pairs, 128 bytes | 32 pairs of zero point and sum, 128 bytes |
 
-The last bytes make every block a multiple of 128 bytes, the unit in which memory is read.
+Every block is a multiple of 128 bytes, the unit in which memory is read.
 
 A code of b bits lies in planes of 8, 4, 2 or 1 bits, from wide to narrow, the low bits of the code first::
 
     b        8     7           6       5       4     3       2
     planes   8     4, 2, 1     4, 2    4, 1    4     2, 1    2
 
-The 32 x 128 codes of a block belong to 2 warps w, 32 lanes and 16 registers j of 4 codes m, as the left operand of
+The 64 x 128 codes of a block belong to 4 warps w, 32 lanes and 16 registers j of 4 codes m, as the left operand of
 ``mma.m16n8k32`` wants them. With lane = 4 * i + q (i < 8, q < 4) and j = 4 * s + 2 * h + r (s < 4, h < 2, r < 2)::
 
     row = 16 * w + i + 8 * r        input = 32 * s + 16 * h + 4 * q + m
@@ -23,19 +23,30 @@ The 32 x 128 codes of a block belong to 2 warps w, 32 lanes and 16 registers j o
 A byte of a p-bit plane holds the codes m of 8 / p registers that follow one another, the first one in its lowest
 bits. Four such bytes, m = 0..3, are a word; a word stands for 8 / p registers. Words lie in this order::
 
-    8-bit plane   4096 bytes   [w][s = 0..3]     [lane][4 words]   word v: register j = 4 * s + v
-    4-bit plane   2048 bytes   [w][half = 0, 1]  [lane][4 words]   word v: registers j = 8 * half + 2 * v + (0, 1)
-    2-bit plane   1024 bytes   [w]               [lane][4 words]   word v: registers j = 4 * v + (0..3)
-    1-bit plane    512 bytes   [w]               [lane][2 words]   word v: registers j = 8 * v + (0..7)
+    8-bit plane   8192 bytes   [w][s = 0..3]     [lane][4 words]   word v: register j = 4 * s + v
+    4-bit plane   4096 bytes   [w][half = 0, 1]  [lane][4 words]   word v: registers j = 8 * half + 2 * v + (0, 1)
+    2-bit plane   2048 bytes   [w]               [lane][4 words]   word v: registers j = 4 * v + (0..3)
+    1-bit plane   1024 bytes   [w]               [lane][2 words]   word v: registers j = 8 * v + (0..7)
 
-Pair p = 0..15 holds the parameters of row a = 16 * (p // 8) + p % 8, then of row a + 8: two bfloat16 scales, or two
-uint8 zero points (0 for 8-bit rows). Padding rows have codes, scales and zero points 0; inputs beyond K have codes 0.
+Pair p = 0..31 holds the parameters of row a = 16 * (p // 8) + p % 8, then of row a + 8: two bfloat16 scales, or two
+little-endian uint16 "zero point and sum". The sum is that of a row's 128 unsigned codes in the group, with which
+kernels take back an offset of the activations' codes::
 
-``row_index`` int32 (T * 32,) is the original row of each place, -1 for padding. ``tile_table`` int32 (T, 3) holds
-the offset of each tile in units of 16 bytes, its width, and, the same for all, how many tiles have more than 4 bits
-(they come first; a kernel deals tiles out to multiprocessors by it).
+    b <= 4     zero_point | sum << b
+    b = 5..7   zero_point alone: the sum would not fit, kernels add these codes up themselves
+    b = 8      the sum of (code + 128); there is no zero point
 
-Shapes: N out_features, K in_features, G = ceil(K / 128), T tiles, R = 32 rows per tile of some tiles.
+Inputs beyond K have codes 0, padding rows have codes, scales and zero points 0; the sums follow by the same formulas
+(an 8-bit code of 0 counts 128).
+
+``row_index`` int32 (T * 64,) is the original row of each place, -1 for padding. ``tile_table`` int32 (T, 4) holds
+
+    0   the offset of the tile in units of 16 bytes
+    1   its width
+    2   how many tiles have more than 4 bits, the same for all (they come first; a kernel deals tiles out by it)
+    3   1 if every scale of the tile is 0 or within [2**-90, 4], else 0; kernels take a slower loop for the others
+
+Shapes: N out_features, K in_features, G = ceil(K / 128), T tiles, R = 64 rows per tile of some tiles.
 """
 
 from __future__ import annotations
@@ -61,19 +72,20 @@ from torchmix.packing import (
 )
 
 GROUP_SIZE = 128
-TILE_ROWS = 32
-PADDED_ROWS = 64  # rows of a width come in multiples of this: some kernels take two tiles at once
+TILE_ROWS = 64
 OFFSET_UNIT = 16  # bytes
 NARROW_BITS = 4  # tiles of more than these bits are wide
 PLANES = {8: (8,), 7: (4, 2, 1), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
-WARPS, LANES, REGISTERS, WORD = 2, 32, 16, 4  # per block; codes per register = bytes per word
-SCALE_BYTES, ZERO_POINT_BYTES, SPARE_BYTES = 2 * TILE_ROWS, TILE_ROWS, TILE_ROWS
+WARPS, LANES, REGISTERS, WORD = 4, 32, 16, 4  # per block; codes per register = bytes per word
+PAIR_BYTES = 2 * TILE_ROWS  # of a block's scales, and of its zero points and sums
+SIGN = 0x80  # a signed byte with this bit the other way round is the code + 128
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-90, 4.0  # what the fast loop of kernels takes, besides 0
 # Codes that are unpacked at a time: temporary memory is some ten bytes for each of them, whatever the weight's size.
 CHUNK_CODES = 1 << 24
 
 
 class Tiles(NamedTuple):
-    """A weight in the tile layout: tiles uint8 1-D, row_index int32 (T * 32,), tile_table int32 (T, 3)."""
+    """A weight in the tile layout: tiles uint8 1-D, row_index int32 (T * 64,), tile_table int32 (T, 4)."""
 
     tiles: Tensor
     row_index: Tensor
@@ -89,8 +101,8 @@ class _Chunk(NamedTuple):
 
 
 def block_bytes(bits: int) -> int:
-    """Bytes of one block, 32 rows of 128 inputs, with its scales and zero points."""
-    return TILE_ROWS * GROUP_SIZE * bits // 8 + SCALE_BYTES + ZERO_POINT_BYTES + SPARE_BYTES
+    """Bytes of one block, 64 rows of 128 inputs, with its scales, zero points and sums."""
+    return TILE_ROWS * GROUP_SIZE * bits // 8 + 2 * PAIR_BYTES
 
 
 def pack_tiles(
@@ -123,7 +135,7 @@ def pack_tiles(
         )
     row_index, widths = _tile_rows(row_bits)
     starts = _tile_starts(widths, in_features)
-    tiles = qdata.new_empty(starts[-1])
+    tiles, ordinary = qdata.new_empty(starts[-1]), [row_bits.new_empty(0, dtype=torch.int32)]
     code_offsets = row_offsets(row_bits, in_features)
     zero_offsets = zero_point_offsets(row_bits, scale.shape[1])
     for chunk in _chunks(widths, in_features):
@@ -133,11 +145,12 @@ def pack_tiles(
         codes = _read(qdata, code_offsets[rows], chunk.bits, in_features, row_bytes(in_features, chunk.bits))
         zeros = _read_zero_points(zero_point, zero_offsets[rows], chunk.bits, scale.shape[1])
         codes, scales, zeros = (part.masked_fill_(~real[:, None], 0) for part in (codes, scale[rows], zeros))
+        ordinary.append(_ordinary_scales(scales))
         tiles[chunk.span] = _pack_blocks(codes, scales, zeros, chunk.bits)
     wide = sum(bits > NARROW_BITS for bits in widths)
     table = [[start // OFFSET_UNIT, bits, wide] for start, bits in zip(starts, widths, strict=False)]
-    tile_table = torch.tensor(table, dtype=torch.int32).view(-1, 3)
-    return Tiles(tiles, row_index.int(), tile_table.to(qdata.device))
+    tile_table = torch.tensor(table, dtype=torch.int32).view(-1, 3).to(qdata.device)
+    return Tiles(tiles, row_index.int(), torch.cat([tile_table, torch.cat(ordinary)[:, None]], 1))
 
 
 def unpack_tiles(
@@ -187,11 +200,11 @@ def tile_row_bits(row_index: Tensor, tile_table: Tensor, out_features: int) -> T
 
 
 def _tile_rows(row_bits: Tensor) -> tuple[Tensor, list[int]]:
-    """Original row of each place, int64 (T * 32,), and the width of each tile."""
+    """Original row of each place, int64 (T * 64,), and the width of each tile."""
     places, widths = [row_bits.new_empty(0, dtype=torch.int64)], []
     for bits in range(MAX_BITS, MIN_BITS - 1, -1):
         rows = (row_bits == bits).nonzero().squeeze(1)
-        tiles = -(-len(rows) // PADDED_ROWS) * (PADDED_ROWS // TILE_ROWS)
+        tiles = -(-len(rows) // TILE_ROWS)
         places.append(pad(rows, (0, tiles * TILE_ROWS - len(rows)), value=-1))
         widths += [bits] * tiles
     return torch.cat(places), widths
@@ -245,14 +258,15 @@ def _pack_blocks(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
     """Bytes of tiles: uint8 1-D from codes uint8 (R, K), scale bfloat16 (R, G) and zero_point uint8 (R, G)."""
     rows, groups = scale.shape
     shape = (rows // TILE_ROWS, WARPS, 2, 8, groups, 4, 2, 4, WORD)  # tile, w, r, i, group, s, h, q, m
-    codes = pad(codes, (0, groups * GROUP_SIZE - codes.shape[1])).view(shape)
-    registers = codes.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(-1, WARPS, LANES, REGISTERS, WORD)
+    codes = pad(codes, (0, groups * GROUP_SIZE - codes.shape[1]))
+    registers = (
+        codes.view(shape).permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(-1, WARPS, LANES, REGISTERS, WORD)
+    )
     parts, low = [], 0
     for plane in PLANES[bits]:
         parts.append(_pack_plane(registers >> low & (2**plane - 1), plane))
         low += plane
-    spare = codes.new_zeros((len(registers), SPARE_BYTES))
-    parts += [_pack_pairs(scale).view(torch.uint8), _pack_pairs(zero_point), spare]
+    parts += [_pack_pairs(part).view(torch.uint8) for part in (scale, _with_sums(codes, zero_point, bits))]
     return torch.cat(parts, 1).flatten()
 
 
@@ -260,7 +274,7 @@ def _unpack_blocks(data: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor
     """Inverse of :func:`_pack_blocks`, with codes (R, G * 128)."""
     planes = [TILE_ROWS * GROUP_SIZE * plane // 8 for plane in PLANES[bits]]
     blocks = data.view(-1, block_bytes(bits))
-    *parts, scale, zero_point, _ = blocks.split([*planes, SCALE_BYTES, ZERO_POINT_BYTES, SPARE_BYTES], 1)
+    *parts, scale, zero_point = blocks.split([*planes, PAIR_BYTES, PAIR_BYTES], 1)
     registers, low = data.new_zeros((len(blocks), WARPS, LANES, REGISTERS, WORD)), 0
     for plane, part in zip(PLANES[bits], parts, strict=True):
         registers |= _unpack_plane(part, plane) << low
@@ -268,7 +282,32 @@ def _unpack_blocks(data: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor
     registers = registers.view(-1, groups, WARPS, 8, 4, 4, 2, 2, WORD)  # tile, group, w, i, q, s, h, r, m
     codes = registers.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(-1, groups * GROUP_SIZE)
     scales = _unpack_pairs(scale.contiguous().view(torch.bfloat16), groups)
-    return codes, scales, _unpack_pairs(zero_point, groups)
+    zeros = _unpack_pairs(zero_point.contiguous().view(torch.int16), groups)
+    return codes, scales, _without_sums(zeros, bits)
+
+
+def _with_sums(codes: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Zero points and sums as a block has them, below 2**15: int16 (R, G) from codes uint8 (R, G * 128)."""
+    if NARROW_BITS < bits < SIGNED_BITS:
+        return zero_point.short()
+    codes = codes ^ SIGN if bits == SIGNED_BITS else codes
+    sums = codes.view(*zero_point.shape, GROUP_SIZE).sum(2, dtype=torch.int32).short()
+    return sums if bits == SIGNED_BITS else sums << bits | zero_point
+
+
+def _without_sums(values: Tensor, bits: int) -> Tensor:
+    """Zero points uint8 from what :func:`_with_sums` gives; 0 for 8-bit rows."""
+    return (
+        torch.zeros_like(values, dtype=torch.uint8)
+        if bits == SIGNED_BITS
+        else (values & (2**bits - 1)).byte()
+    )
+
+
+def _ordinary_scales(scale: Tensor) -> Tensor:
+    """1 for tiles whose scales are all 0 or of a size that the fast loop takes: int32 (tiles,) from (R, G)."""
+    ordinary = (scale == 0) | (scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)
+    return ordinary.view(-1, TILE_ROWS * scale.shape[1]).all(1).int()
 
 
 def _pack_plane(values: Tensor, bits: int) -> Tensor:
@@ -298,7 +337,7 @@ def _word_shape(bits: int) -> tuple[int, int, int]:
 
 
 def _pack_pairs(values: Tensor) -> Tensor:
-    """(R, G) -> (blocks, 32): rows a and a + 8 beside each other."""
+    """(R, G) -> (blocks, 64): rows a and a + 8 beside each other."""
     groups = values.shape[1]
     parts = values.view(-1, WARPS, 2, 8, groups)  # tile, w, r, i, group
     return parts.permute(0, 4, 1, 3, 2).reshape(-1, TILE_ROWS)

@@ -30,8 +30,8 @@ def dequantize_tiles(
 
     Args:
         tiles: uint8 1-D (:mod:`torchmix.tiles`).
-        row_index: int32 (T * 32,).
-        tile_table: int32 (T, 3).
+        row_index: int32 (T * 64,).
+        tile_table: int32 (T, 4).
         out_features: N.
         in_features: K.
         dtype: dtype of the result; float32 is exact.

@@ -45,9 +45,9 @@ def mixed_linear_tiled(
 
     Args:
         x: float32, bfloat16 or float16 (..., K), any number of leading dimensions, zero tokens allowed.
-        tiles: uint8 1-D, codes, scales and zero points (:mod:`torchmix.tiles`).
-        row_index: int32 (T * 32,).
-        tile_table: int32 (T, 3).
+        tiles: uint8 1-D, codes, scales, zero points and sums (:mod:`torchmix.tiles`).
+        row_index: int32 (T * 64,).
+        tile_table: int32 (T, 4).
         bias: float (N,) or None.
         out_features: N.
         per_token: one activation scale per token instead of one per token and group.

@@ -24,9 +24,9 @@ class TiledTensor(PackedTensor):
     state dict of a repacked model have the plain bytes.
 
     Tensor Data Attributes:
-        tiles: uint8 1-D, codes, scales and zero points.
-        row_index: int32 (T * 32,), original row of each place.
-        tile_table: int32 (T, 3), where the tiles begin, and their widths.
+        tiles: uint8 1-D, codes, scales, zero points and sums of codes.
+        row_index: int32 (T * 64,), original row of each place.
+        tile_table: int32 (T, 4), where the tiles begin, their widths, and what kernels choose by.
 
     Non-Tensor Attributes:
         shape: shape as the model sees it; (N, K), or with ``transposed`` (K, N).
