@@ -11,7 +11,9 @@ from torchmix.ops.dequantize_tiles import dequantize_tiles
 from torchmix.ops.gather_rows import gather_rows
 from torchmix.ops.mixed_grouped_linear import mixed_grouped_linear
 from torchmix.ops.mixed_linear import mixed_linear, mixed_linear_quantized
+from torchmix.ops.mixed_linear_prepared import mixed_linear_tiled_prepared
 from torchmix.ops.mixed_linear_tiled import mixed_linear_tiled, mixed_linear_tiled_quantized
+from torchmix.ops.prepare_activation import prepare_activation
 from torchmix.ops.quantize_activation import quantize_activation
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "mixed_linear",
     "mixed_linear_quantized",
     "mixed_linear_tiled",
+    "mixed_linear_tiled_prepared",
     "mixed_linear_tiled_quantized",
+    "prepare_activation",
     "quantize_activation",
 ]
