@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 from kernel_peers import (
-    GROUP_SIZE,
+    ACTIVATIONS,
     LARGEST_ERROR,
     PEERS,
     Layer,
     Operands,
+    activation_codes,
     missing_kernel,
     mix_name,
     our_layers,
@@ -36,7 +37,6 @@ from kernel_peers import (
     wrong_codes,
 )
 from kernel_results import (
-    ACTIVATION,
     OURS,
     OURS_WITH_ACTIVATION,
     Cell,
@@ -52,10 +52,8 @@ from kernel_targets import ALL_8, MIXED, SHAPES, TOKENS, summary
 from kernel_timing import Timer, interleave, make_timer, microseconds, num_copies, use_side_stream, warm_up
 from torch import Tensor
 
-from torchmix.ops import quantize_activation
-
 OUR_PEERS = (OURS, OURS_WITH_ACTIVATION)
-ALL_PEERS = (*OUR_PEERS, *PEERS, ACTIVATION)
+ALL_PEERS = (*OUR_PEERS, *PEERS, *ACTIVATIONS)
 QUICK = {
     "shapes": ((4096, 4096), (28672, 4096)),
     "tokens": (1, 16, 64, 128, 1024),
@@ -125,7 +123,7 @@ class Bench:
         self._started = time.perf_counter()
 
     def run(self) -> None:
-        """All shapes, then activation quantization alone; a table each as soon as it is known."""
+        """All shapes, then activation quantization alone by each op; a table each as soon as it is known."""
         for n, k in self.options.shapes:
             if time.perf_counter() - self._started > self.options.max_seconds:
                 print(
@@ -135,8 +133,8 @@ class Bench:
             began, cells = time.perf_counter(), self.shape(n, k)
             took = time.perf_counter() - began
             print(f"{shape_table(cells)}\n  {took:.1f} s\n", flush=True)
-        if ACTIVATION in self.options.peers:
-            print(activation_table(self.activation()), "\n", flush=True)
+        for name in (name for name in ACTIVATIONS if name in self.options.peers):
+            print(activation_table(self.activation(name)), "\n", flush=True)
 
     def shape(self, out_features: int, in_features: int) -> list[Cell]:
         """All peers and tokens of one shape."""
@@ -157,10 +155,10 @@ class Bench:
         self._keep(cells)
         return cells
 
-    def activation(self) -> list[Cell]:
-        """Activation quantization alone, for each number of inputs among the shapes."""
+    def activation(self, name: str) -> list[Cell]:
+        """Activation quantization alone by one op, for each number of inputs among the shapes."""
         features = sorted({k for _, k in self.options.shapes})
-        cells = [self._activation_cell(tokens, k) for k in features for tokens in self.options.tokens]
+        cells = [self._activation_cell(name, tokens, k) for k in features for tokens in self.options.tokens]
         self._keep(cells)
         return cells
 
@@ -229,24 +227,26 @@ class Bench:
             cells[key] = _timed(cells[key], seconds)
         return list(cells.values())
 
-    def _activation_cell(self, tokens: int, in_features: int) -> Cell:
+    def _activation_cell(self, name: str, tokens: int, in_features: int) -> Cell:
         """Inputs and results rotate, so that neither stays in the L2 cache."""
-        cell = Cell(ACTIVATION, "", 0, in_features, tokens)
+        cell = Cell(name, "", 0, in_features, tokens)
         if self.missing:
             return _changed(cell, note=self.missing)
         try:
             x = random_input(tokens, in_features, self.options.device)
-            moved = x.nbytes + sum(result.nbytes for result in quantize_activation(x, GROUP_SIZE))
+            quantized = ACTIVATIONS[name]
+            moved = x.nbytes + sum(result.nbytes for result in quantized(x))
             inputs = [x, *(x.clone() for _ in range(num_copies(moved) - 1))]
 
             def launch(number: int) -> Operands:
-                return quantize_activation(inputs[number % len(inputs)], GROUP_SIZE)
+                return quantized(inputs[number % len(inputs)])
 
             timer = make_timer(launch, len(inputs), moved / 4e12 + 2e-6, x.device, keep=len(inputs))
-            timer.output[0].fill_(-128)  # no code has this value
+            no_code = torch.iinfo(timer.output[0].dtype).min  # in either layout it stands for -128
+            timer.output[0].fill_(no_code)
             timer.enqueue()
             timer.seconds()  # waits
-            wrong = wrong_codes(x, timer.output[0])
+            wrong = wrong_codes(x, activation_codes(name, timer.output, x))
             seconds = interleave({"": timer}, self.options.repeats)[""]
         except FAILURES as error:
             return _changed(cell, note=self._reason(error))

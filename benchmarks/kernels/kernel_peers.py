@@ -15,10 +15,11 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from kernel_results import BASELINE, OURS, OURS_WITH_ACTIVATION
+from kernel_results import ACTIVATION, BASELINE, OURS, OURS_WITH_ACTIVATION, PREPARED
 from torch import Tensor
 
-from torchmix.ops import quantize_activation
+from torchmix.ops import prepare_activation, quantize_activation
+from torchmix.ops.prepare_activation import unprepare
 from torchmix.packing import pack_rows, pack_zero_points
 from torchmix.primitives import choose_qparams, dequantize, quantize
 from torchmix.tiles import pack_tiles
@@ -159,7 +160,7 @@ def tinygemm(weight: Tensor) -> Layer:
 
 
 def our_layers(weight: Tensor, mix: Mix) -> dict[str, Layer]:
-    """torchmix in its tile layout, without and with activation quantization inside of the time.
+    """torchmix in its tile layout, on activations prepared outside of the time, and with their quantization inside.
 
     Args:
         weight: bfloat16 (N, K).
@@ -172,24 +173,25 @@ def our_layers(weight: Tensor, mix: Mix) -> dict[str, Layer]:
     packed = pack_rows(codes, bits), scale, pack_zero_points(zero_point, bits)
     ops = torch.ops.torchmix
 
-    def quantized(x: Tensor) -> Operands:
-        return quantize_activation(x, GROUP_SIZE)
+    def values(codes: Tensor, activation_scale: Tensor, _: Tensor) -> Tensor:
+        return dequantize(codes, activation_scale, torch.zeros_like(activation_scale), GROUP_SIZE)
 
-    def values(x: Operands) -> Tensor:
-        return dequantize(x[0], x[1], torch.zeros_like(x[1]), GROUP_SIZE)
+    def multiply(x: Operands, w: Operands) -> Tensor:
+        sizes = len(x[1]), in_features
+        return ops.mixed_linear_tiled_prepared(x[0], *sizes, *w, None, out_features, torch.bfloat16)
 
     outside = Layer(
         tuple(pack_tiles(*packed, bits, in_features)),
-        quantized,
-        lambda x, w: ops.mixed_linear_tiled_quantized(*x, *w, None, out_features, torch.bfloat16),
+        lambda x: (prepare_activation(x), x),  # x says how many tokens there are
+        multiply,
         lambda rows: dequantize(codes[rows], scale[rows], zero_point[rows], GROUP_SIZE),
-        values,
+        lambda x: values(*unprepare(x[0], len(x[1]), in_features)),
     )
     inside = replace(
         outside,
         activate=lambda x: (x,),
         multiply=lambda x, w: ops.mixed_linear_tiled(x[0], *w, None, out_features),
-        dense_input=lambda x: values(quantized(x[0])),
+        dense_input=lambda x: values(*quantize_activation(x[0], GROUP_SIZE)),
     )
     return {OURS: outside, OURS_WITH_ACTIVATION: inside}
 
@@ -201,6 +203,17 @@ PEERS: dict[str, Peer] = {
     "int8_int_mm": Peer(int8, least_tokens=32),
     "tinygemm_w4a16": Peer(tinygemm, most_tokens=16),
 }
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Operands]] = {
+    ACTIVATION: lambda x: quantize_activation(x, GROUP_SIZE),
+    PREPARED: lambda x: (prepare_activation(x),),
+}
+
+
+def activation_codes(name: str, result: Operands, x: Tensor) -> Tensor:
+    """Codes int8 (M, K) among what one of :data:`ACTIVATIONS` gives for x (M, K)."""
+    return result[0] if name == ACTIVATION else unprepare(result[0], *x.shape)[0]
 
 
 def parse_mix(text: str) -> Mix:
@@ -267,7 +280,8 @@ def missing_kernel(device: str) -> str | None:
     """Why ours cannot be measured on this device, None where it can; a CPU runs the reference."""
     if torch.device(device).type != "cuda":
         return None
-    for op in ("quantize_activation", "mixed_linear_tiled_quantized", "mixed_linear_tiled"):
+    ops = ("quantize_activation", "prepare_activation", "mixed_linear_tiled_prepared", "mixed_linear_tiled")
+    for op in ops:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"torchmix::{op}", "CUDA"):
             return f"torchmix::{op} has no CUDA kernel in this build"
     return None

@@ -21,6 +21,7 @@ BASELINE = "bf16"
 OURS = "torchmix"
 OURS_WITH_ACTIVATION = "torchmix+activation"
 ACTIVATION = "quantize_activation"
+PREPARED = "prepare_activation"  # the same, laid out as the kernels read it
 MARLIN = "marlin_w4a16"
 # Measured on an H200: int8 with two multiply-adds per accumulator and group, as group scales need them; plain int8.
 GROUP_SCALED_TOPS, INT8_TOPS = 1390.0, 1890.0
@@ -37,8 +38,8 @@ class Cell:
 
     peer: name. row_bits: mix of row widths, "" for peers that have one. us, us_min, us_max: microseconds per launch,
     None without a measurement. weight_bytes: bytes of the weight as stored (of what is read and written for
-    :data:`ACTIVATION`). relative_error: of the result against the float32 product of the same operands.
-    ratio: speed over :data:`BASELINE` in the same run. note: "stored" or the reason of a failure.
+    :data:`ACTIVATION` and :data:`PREPARED`). relative_error: of the result against the float32 product of the same
+    operands. ratio: speed over :data:`BASELINE` in the same run. note: "stored" or the reason of a failure.
     """
 
     peer: str
@@ -105,7 +106,7 @@ def read_floor_us(num_bytes: float) -> float:
 
 def limit_us(cell: Cell) -> float | None:
     """The larger of reading the weight and multiplying at the measured peak; None where that peak is not known."""
-    if cell.peer == ACTIVATION:
+    if cell.peer in (ACTIVATION, PREPARED):
         return cell.weight_bytes / COPY_BYTES_PER_SECOND * 1e6
     peak = PEAK_TOPS.get(cell.peer)
     if peak is None and cell.M > MOST_MEMORY_BOUND_TOKENS:
@@ -169,9 +170,9 @@ def shape_table(cells: Sequence[Cell]) -> str:
 
 
 def activation_table(cells: Sequence[Cell]) -> str:
-    """Activation quantization alone: microseconds and percent of the copy bandwidth."""
+    """Activation quantization alone, by one op: microseconds and percent of the copy bandwidth."""
     tokens = sorted({cell.M for cell in cells})
-    lines = [_line(f"{ACTIVATION}: us, % copy", [f"M={m}" for m in tokens])]
+    lines = [_line(f"{cells[0].peer}: us, % copy", [f"M={m}" for m in tokens])]
     for k in sorted({cell.K for cell in cells}):
         of_k = {cell.M: cell for cell in cells if k == cell.K}
         texts = [

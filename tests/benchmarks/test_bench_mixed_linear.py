@@ -9,7 +9,8 @@ import bench_mixed_linear
 import kernel_peers
 import pytest
 from bench_mixed_linear import ALL_PEERS, main, parse
-from kernel_results import ACTIVATION, OURS, OURS_WITH_ACTIVATION
+from kernel_peers import ACTIVATIONS
+from kernel_results import OURS, OURS_WITH_ACTIVATION
 from kernel_targets import SHAPES, TOKENS
 
 SMALL = ["--device", "cpu", "--shapes", "128x256,64x128", "--tokens", "1,3", "--repeats", "1"]
@@ -59,13 +60,14 @@ def test_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {
         (peer, mix) for peer in (OURS, OURS_WITH_ACTIVATION) for mix in ("8:10,4:90", "5:50,3:50")
     } <= measured
-    assert {("bf16", ""), (ACTIVATION, "")} <= measured
+    assert {("bf16", ""), *((name, "") for name in ACTIVATIONS)} <= measured
     assert all(float(row["relative_error"]) < 0.01 for row in rows if row["us"])
-    assert all(row["ratio"] for row in rows if row["us"] and row["peer"] != ACTIVATION)
+    assert all(row["ratio"] for row in rows if row["us"] and row["peer"] not in ACTIVATIONS)
     (failed,) = {row["note"] for row in rows if row["peer"] == "tinygemm_w4a16"}
     assert "CPU" in failed  # its packing exists for CUDA only
     printed = capsys.readouterr().out
     assert "N=128 K=256" in printed
+    assert all(f"{name}: us" in printed for name in ACTIVATIONS)
     assert "not measured" in printed
 
 

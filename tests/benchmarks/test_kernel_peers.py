@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_peers import (
+    ACTIVATIONS,
     PEERS,
+    activation_codes,
     missing_kernel,
     mix_name,
     our_layers,
@@ -17,8 +19,6 @@ from kernel_peers import (
     wrong_codes,
 )
 from kernel_results import OURS, OURS_WITH_ACTIVATION
-
-from torchmix.ops import quantize_activation
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_torchmix_results_are_those_of_the_operands(name: str, mix: str) -> None
 
 def test_weight_bytes_count_everything() -> None:
     layers = our_layers(random_weight(128, 256, "cpu"), parse_mix("4"))
-    tiles = 4 * 2 * (32 * 128 // 2 + 128)  # 4 of them, of 2 groups
-    assert layers[OURS].weight_bytes == tiles + 128 * 4 + 4 * 3 * 4
+    tiles = 2 * 2 * (64 * 128 // 2 + 256)  # 2 of them, of 2 groups
+    assert layers[OURS].weight_bytes == tiles + 128 * 4 + 2 * 4 * 4
     assert PEERS["bf16"].build(random_weight(128, 256, "cpu")).weight_bytes == 128 * 256 * 2
 
 
@@ -86,9 +86,10 @@ def test_peers_are_measured_where_they_are_meant() -> None:
     assert not PEERS["int8_int_mm"].takes(16)
 
 
-def test_wrong_codes_are_counted() -> None:
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_wrong_codes_are_counted(name: str) -> None:
     x = random_input(4, 256, "cpu")
-    codes, _, _ = quantize_activation(x, 128)
+    codes = activation_codes(name, ACTIVATIONS[name](x), x)
     assert wrong_codes(x, codes) == 0
     codes[3, :128] = -128
     assert wrong_codes(x, codes) == pytest.approx(0.125)
