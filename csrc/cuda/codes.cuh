@@ -44,7 +44,7 @@ __device__ __forceinline__ void load_codes(uint32_t (&a)[16], const uint8_t* blo
   }
   if constexpr (BITS == 6 || BITS == 3) {
     constexpr int kShift = BITS == 6 ? 4 : 0;
-    const uint8_t* plane = BITS == 6 ? block + 2048 : block;
+    const uint8_t* plane = BITS == 6 ? block + 4096 : block;
     const uint4 v = *reinterpret_cast<const uint4*>(plane + 512 * slice + 16 * lane);
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -55,7 +55,7 @@ __device__ __forceinline__ void load_codes(uint32_t (&a)[16], const uint8_t* blo
   }
   if constexpr (BITS == 5 || BITS == 3) {
     constexpr int kShift = BITS == 5 ? 4 : 2;
-    const uint8_t* plane = BITS == 5 ? block + 2048 : block + 1024;
+    const uint8_t* plane = BITS == 5 ? block + 4096 : block + 2048;
     const uint2 v = *reinterpret_cast<const uint2*>(plane + 256 * slice + 8 * lane);
     const uint32_t words[2] = {v.x, v.y};
 #pragma unroll

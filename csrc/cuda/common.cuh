@@ -1,7 +1,6 @@
-// Small device functions that the kernels share: barriers in shared memory, asynchronous copies, clusters.
+// Small device functions that the kernels share: barriers in shared memory, asynchronous copies, tensor cores.
 //
-// Devices before sm_90 have no bulk copies and no clusters: there a warp copies 16 bytes per thread with cp.async, and a
-// cluster is one block.
+// Devices before sm_90 have no bulk copies: there a warp copies 16 bytes per thread with cp.async.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +10,12 @@
 
 namespace torchmix {
 
-constexpr int kGroup = 128;     // inputs per scale
-constexpr int kTileRows = 32;     // rows of a tile
-constexpr int kParamBytes = 128;  // of a block: 32 bfloat16 scales, 32 uint8 zero points, 32 bytes of 0
+constexpr int kGroup = 128;        // inputs per scale
+constexpr int kTileRows = 64;      // rows of a tile
+constexpr int kBlockParams = 256;  // bytes of a block after its codes: 32 pairs of scales, 32 pairs of zero points and sums
+
+// Bytes of one group of inputs of a tile.
+__device__ __forceinline__ constexpr int block_bytes(int bits) { return 1024 * bits + kBlockParams; }
 
 enum class Float : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
@@ -51,7 +53,7 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// Makes initialized barriers visible to the copy engine and to the other blocks of the cluster.
+// Makes initialized barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -134,7 +136,14 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 #endif
 }
 
-// --- clusters ------------------------------------------------------------------------------------------------------
+// Brings memory into the L2 cache; a multiple of 16 bytes.
+__device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// --- clusters of two blocks, on sm_90 --------------------------------------------------------------------------------
 
 __device__ __forceinline__ int cluster_rank() {
   uint32_t rank = 0;
@@ -144,47 +153,54 @@ __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-__device__ __forceinline__ int cluster_size() {
-  uint32_t size = 1;
+// A barrier of all threads of the cluster. Ordinary shared memory is not ordered by it: that would flush all that this
+// block has written, to device memory too.
+__device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-#endif
-  return static_cast<int>(size);
-}
-
-// Both halves of a barrier of all threads of the cluster, for barriers in shared memory that others are about to use.
-// Ordinary shared memory is not ordered by it: that would flush everything this block has written, to device memory too.
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void cluster_wait() {
+// Arrives at the barrier in the same place of another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
 #endif
 }
 
-// Address of the same place in another block of the cluster.
-__device__ __forceinline__ uint32_t cluster_map(uint32_t address, int rank) {
+// copy_bulk to the same place of both blocks of a cluster; each one's barrier counts the bytes.
+__device__ __forceinline__ void copy_bulk_to_both(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t mapped;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
-  return mapped;
-#else
-  return address;
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(3))
+      : "memory");
 #endif
 }
 
-// Stores a value in another block, whose barrier counts its four bytes; who waits there sees it.
-__device__ __forceinline__ void cluster_push(uint32_t mapped_address, float value, uint32_t mapped_barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(mapped_address),
-               "f"(value), "r"(mapped_barrier)
-               : "memory");
-#endif
+// --- between blocks, through device memory ---------------------------------------------------------------------------
+
+// Tells a block that waits for it that everything which the threads before this one's last barrier have written is there.
+__device__ __forceinline__ void signal_ready(uint64_t* flag, uint64_t signal) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(signal) : "memory");
 }
+
+// Waits for the signal, and clears it for the next launch that has this memory.
+__device__ __forceinline__ void await_ready(uint64_t* flag, uint64_t signal) {
+  uint64_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
+  } while (seen != signal);
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(uint64_t{0}) : "memory");
+}
+
+// What another block has written: not from this multiprocessor's cache.
+__device__ __forceinline__ float load_fresh(const float* from) { return __ldcg(from); }
 
 // --- launches that overlap -----------------------------------------------------------------------------------------
 
@@ -220,12 +236,11 @@ __device__ __forceinline__ void multiply(int (&d)[4], const uint32_t* a, uint32_
   }
 }
 
-// d += a b of one 16 x 8 tile over 16 groups, bfloat16 with float32 sums.
-__device__ __forceinline__ void multiply_bfloat16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// Two bfloat16, the first one in the low half.
+__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 
 // Moves registers of a block between its warpgroups: producers give away, consumers take.
@@ -250,6 +265,6 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 
 }  // namespace torchmix
 
-#include "wgmma.cuh"
-
 #endif  // TORCHMIX_EMULATE
+
+#include "wgmma.cuh"

@@ -1,68 +1,65 @@
-// mixed_linear for few tokens: the time is that of reading the weights once.
+// mixed_linear on GPUs other than sm_90: up to 32 tokens at a time go through the weights.
 //
-// A block takes tiles of 32 rows, one after another. Its producer warp streams them through a ring of slots without a
-// pause between tiles; the other 16 warps multiply them on the tensor cores by activations that stay in shared memory.
-// Warp w % 2 has 16 of the 32 rows, warp w / 2 every eighth group of inputs (a lane); the sums of the lanes are added up
-// at the end of a tile, in a fixed order, so repeated runs give the same bits. Where tiles are few, or the activations
-// of all inputs do not fit, the blocks of a cluster share a tile and each takes a part of the inputs; then one of them,
-// in turn, collects the sums, a tile later so that it need not wait.
+// A block takes tiles, one after another. Its producer warp streams them through a ring of slots without a pause between
+// tiles; the other 16 warps multiply them on the tensor cores by activations that stay in shared memory. Warp w % 4 has
+// 16 of the 64 rows, warp w / 4 every fourth group of inputs (a lane); the sums of the lanes are added up at the end of a
+// tile, in a fixed order, so repeated runs give the same bits.
 //
 // Shapes: M tokens, N rows, K inputs, G groups of 128 inputs, T tiles; NT tiles of 8 tokens.
 #pragma once
 
 #include "codes.cuh"
 #include "launch_choice.h"
-#include "quantize.cuh"
+#include "prepared.cuh"
 
 namespace torchmix {
 
 constexpr int kLanes = kStreamLanes;
-constexpr int kConsumers = 64 * kLanes;  // threads that multiply
+constexpr int kSlices = kTileRows / 16;
+constexpr int kConsumers = 32 * kSlices * kLanes;  // threads that multiply
 constexpr int kSlotBytes = kStreamSlotBytes;
 constexpr int kMaxSlots = kStreamMostSlots;
-constexpr int kSumStride = kTileRows + 4;  // floats; 36 keeps the 32 threads of a store on 32 banks
+constexpr int kSumStride = kTileRows + 4;  // floats; 68 keeps the 32 threads of a store on 32 banks
 constexpr int kHeadBytes = 1024;           // barriers
 constexpr int kIndexBuffers = 3;
 constexpr int kNarrowBits = 4;
 
 struct StreamParams {
   const uint8_t* tiles;
-  const int32_t* row_index;   // (T * 32)
-  const int32_t* tile_table;  // (T, 3): offset / 16, bits, number of tiles above 4 bits
-  const void* x;              // (M, K), or
-  const int8_t* codes;        // (M, K) with
-  const float* token_scale;   // (M, G) and
-  const int32_t* group_sum;   // (M, G)
-  const void* bias;           // (N) or null
-  void* y;                    // (M, N)
+  const int32_t* row_index;   // (T * 64)
+  const int32_t* tile_table;  // (T, 4): offset / 16, bits, number of tiles above 4 bits, not read here
+  const void* x;              // (M, K), or null and
+  Prepared prepared;
+  const void* bias;  // (N) or null
+  void* y;           // (M, N)
   int64_t x_stride;
   int M, N, K, G, T;
   int together;  // tokens of a pass over the weights; passes are gridDim.y
   int slots;
   Float x_type, bias_type, y_type;
-  bool aligned;  // rows of x, or of codes, start at multiples of four values in memory
+  bool aligned;  // rows of x start at multiples of four values in memory
 };
 
-// Which tiles a cluster gets. Tiles above 4 bits come first in the table and take up to twice the time; they are dealt
-// out in turn, then the clusters that got one less catch up with two narrow tiles, then the rest is dealt out in turn.
+// Which tiles a block gets. Tiles above 4 bits come first in the table and take up to twice the time; they are dealt
+// out in turn, then the blocks that got one less catch up with two narrow tiles, then the rest is dealt out in turn.
 struct Deal {
-  int cluster, clusters, wide, tiles, own, rest, behind;
+  int block, blocks, wide, tiles, own, rest, behind;
 
-  __device__ __forceinline__ Deal(int cluster, int clusters, int wide, int tiles)
-      : cluster(cluster), clusters(clusters), wide(wide), tiles(tiles) {
-    rest = wide % clusters;
-    own = cluster < wide ? (wide - cluster + clusters - 1) / clusters : 0;
-    behind = rest > 0 ? clusters - rest : 0;
+  __device__ __forceinline__ Deal(int block, int blocks, int wide, int tiles)
+      : block(block), blocks(blocks), wide(wide), tiles(tiles) {
+    rest = wide % blocks;
+    own = block < wide ? (wide - block + blocks - 1) / blocks : 0;
+    behind = rest > 0 ? blocks - rest : 0;
   }
 
   __device__ __forceinline__ int tile(int i) const {
-    if (i < own) return cluster + i * clusters;
+    if (i < own) return block + i * blocks;
     i -= own;
-    if (behind > 0 && cluster >= rest) {
-      if (i < 2) return min(wide + (cluster - rest) + i * behind, tiles);
+    if (behind > 0 && block >= rest) {
+      if (i < 2) return min(wide + (block - rest) + i * behind, tiles);
       i -= 2;
     }
-    return min(wide + 2 * behind + cluster + i * clusters, tiles);
+    return min(wide + 2 * behind + block + i * blocks, tiles);
   }
 };
 
@@ -83,8 +80,9 @@ struct Activations {
 template <int BITS, int NT>
 __device__ __forceinline__ void add_group(float (&sums)[NT][4], const uint32_t (&a)[16], uint32_t scales,
                                           uint32_t zeros, const Activations& activations, int group, int lane) {
+  constexpr int kZeroMask = BITS <= 4 ? (1 << BITS) - 1 : 0xffff;  // above it stands the sum of the codes
   const float scale_low = __uint_as_float(scales << 16), scale_high = __uint_as_float(scales & 0xffff0000u);
-  const int zero_low = zeros & 0xff, zero_high = zeros >> 8;
+  const int zero_low = zeros & kZeroMask, zero_high = zeros >> 16 & kZeroMask;
 #pragma unroll
   for (int t = 0; t < NT; t++) {
     const int token = min(8 * t + lane / 4, activations.tokens - 1);  // columns beyond the last token are not stored
@@ -115,46 +113,36 @@ __device__ __forceinline__ void consume(float (&sums)[NT][4], const uint8_t* blo
   uint32_t a[16];
   load_codes<BITS>(a, block, slice, lane);
   const int pair = 8 * slice + lane / 4;
-  const uint32_t scales = *reinterpret_cast<const uint32_t*>(block + 512 * BITS + 4 * pair);
-  const uint32_t zeros = *reinterpret_cast<const uint16_t*>(block + 512 * BITS + 64 + 2 * pair);
+  const uint32_t scales = *reinterpret_cast<const uint32_t*>(block + 1024 * BITS + 4 * pair);
+  const uint32_t zeros = *reinterpret_cast<const uint32_t*>(block + 1024 * BITS + 128 + 4 * pair);
   __syncwarp();
   if (lane == 0) barrier_arrive(empty, arrivals);
   add_group<BITS, NT>(sums, a, scales, zeros, activations, group, lane);
 }
 
-// This block's activations to shared memory in the order of B fragments; quantized here if asked for.
+// The activations of a pass to shared memory in the order of B fragments; quantized here if asked for.
 template <int NT, bool QUANTIZE>
-__device__ __forceinline__ void load_activations(const StreamParams& p, const Activations& to, int first_token,
-                                                 int first_group, int groups, int warp, int lane) {
+__device__ __forceinline__ void load_activations(const StreamParams& p, const Activations& to, int first_token, int warp,
+                                                 int lane) {
   constexpr int kBatch = 4, kWarps = kConsumers / 32;  // loads in flight
   float* params = reinterpret_cast<float*>(to.params);
-  const int tasks = to.tokens * groups;
+  const int tasks = to.tokens * p.G;
   for (int start = warp; start < tasks; start += kBatch * kWarps) {
     float4 v[kBatch];
     uint32_t codes[kBatch];
     float scales[kBatch];
-    int sums[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
-      const int task = start + i * kWarps, token = task % to.tokens, group = task / to.tokens;
+      const int task = start + i * kWarps, token = first_token + task % to.tokens, group = task / to.tokens;
       if (task >= tasks) continue;
-      const int k = (first_group + group) * kGroup + 4 * lane;
       if constexpr (QUANTIZE) {
-        v[i] = load_four(p.x, (first_token + token) * p.x_stride, k, p.K, p.x_type, p.aligned);
-        continue;
-      }
-      const int8_t* row = p.codes + static_cast<int64_t>(first_token + token) * p.K;
-      codes[i] = 0;
-      if (p.aligned && k + 3 < p.K) {
-        codes[i] = *reinterpret_cast<const uint32_t*>(row + k);
+        v[i] = load_four(p.x, token * p.x_stride, group * kGroup + 4 * lane, p.K, p.x_type, p.aligned);
       } else {
-        for (int m = 0; m < 4; m++) {
-          if (k + m < p.K) codes[i] |= static_cast<uint32_t>(static_cast<uint8_t>(row[k + m])) << (8 * m);
-        }
+        const int64_t at = static_cast<int64_t>(group) * p.prepared.Mp;
+        const uint8_t* from = p.prepared.codes + at * kGroup + code_place(token, lane / 4) + 4 * (lane % 4);
+        codes[i] = *reinterpret_cast<const uint32_t*>(from) ^ 0x80808080u;
+        scales[i] = p.prepared.scale[at + scale_place(token)];
       }
-      const int64_t at = static_cast<int64_t>(first_token + token) * p.G + first_group + group;
-      scales[i] = p.token_scale[at];
-      sums[i] = p.group_sum[at];
     }
 #pragma unroll
     for (int i = 0; i < kBatch; i++) {
@@ -164,41 +152,41 @@ __device__ __forceinline__ void load_activations(const StreamParams& p, const Ac
         const Quantizer quantizer(__reduce_max_sync(0xffffffffu, largest_of(v[i])));
         codes[i] = quantizer.codes(v[i].x, v[i].y, v[i].z, v[i].w);
         scales[i] = quantizer.scale;
-        sums[i] = __reduce_add_sync(0xffffffffu, sum_of_codes(codes[i]));
       }
+      const int sum = __reduce_add_sync(0xffffffffu, sum_of_codes(codes[i]));
       // this thread's word is k step s, half h, quarter q of the group: lane = 8 s + 4 h + q
       const int s = lane / 8, h = lane / 4 % 2, q = lane % 4;
       *reinterpret_cast<uint32_t*>(to.code(group, s / 2, token, q) + 8 * (s % 2) + 4 * h) = codes[i];
       if (lane == 0) {
         float* meta = params + (group * NT + token / 8) * 16 + 4 * (token % 8 / 2) + token % 2;
         meta[0] = scales[i];
-        meta[2] = __int_as_float(sums[i]);
+        meta[2] = __int_as_float(sum);
       }
     }
   }
 }
 
 // Groups of inputs in one slot.
-__device__ __forceinline__ int groups_per_slot(int bits) { return bits > kNarrowBits ? 2 : 4; }
+__device__ __forceinline__ int groups_per_slot(int bits) { return bits > kNarrowBits ? 1 : 2; }
 
-// Streams this block's part of its tiles into the ring; runs in one warp.
-__device__ __forceinline__ void produce(const StreamParams& p, const Deal& deal, int first_group, int groups,
-                                        uint32_t ring, uint32_t full, uint32_t empty, int lane) {
+// Streams this block's tiles into the ring; runs in one warp.
+__device__ __forceinline__ void produce(const StreamParams& p, const Deal& deal, uint32_t ring, uint32_t full,
+                                        uint32_t empty, int lane) {
   Ring at;
   int tile = deal.tile(0);
   int offset = 0, bits = 0;
-  if (tile < p.T) offset = __ldg(p.tile_table + 3 * tile), bits = __ldg(p.tile_table + 3 * tile + 1);
+  if (tile < p.T) offset = __ldg(p.tile_table + 4 * tile), bits = __ldg(p.tile_table + 4 * tile + 1);
   for (int i = 1; tile < p.T; i++) {
     const int following = deal.tile(i);
     int next_offset = 0, next_bits = 0;  // asked for now, so that the next tile need not wait for them
     if (following < p.T) {
-      next_offset = __ldg(p.tile_table + 3 * following);
-      next_bits = __ldg(p.tile_table + 3 * following + 1);
+      next_offset = __ldg(p.tile_table + 4 * following);
+      next_bits = __ldg(p.tile_table + 4 * following + 1);
     }
-    const int bytes = 512 * bits + kParamBytes, per_slot = groups_per_slot(bits);
-    const uint8_t* from = p.tiles + 16 * static_cast<int64_t>(offset) + static_cast<int64_t>(first_group) * bytes;
-    for (int g = 0; g < groups; g += per_slot) {
-      const int size = min(per_slot, groups - g) * bytes;
+    const int bytes = block_bytes(bits), per_slot = groups_per_slot(bits);
+    const uint8_t* from = p.tiles + 16 * static_cast<int64_t>(offset);
+    for (int g = 0; g < p.G; g += per_slot) {
+      const int size = min(per_slot, p.G - g) * bytes;
       barrier_wait(empty + 8 * at.slot, at.phase ^ 1);
       __syncwarp();  // a thread that came late would wait for a phase that is over
       copy_async(ring + at.slot * kSlotBytes, from, size, full + 8 * at.slot, lane);
@@ -209,21 +197,21 @@ __device__ __forceinline__ void produce(const StreamParams& p, const Deal& deal,
   }
 }
 
-// Multiplies this block's groups of one tile; `at` is the tile's first slot.
+// Multiplies one tile; `at` is its first slot.
 template <int NT>
-__device__ __forceinline__ void multiply_tile(float (&sums)[NT][4], const StreamParams& p, int bits, int groups,
-                                              Ring at, const uint8_t* ring, uint32_t full, uint32_t empty,
+__device__ __forceinline__ void multiply_tile(float (&sums)[NT][4], const StreamParams& p, int bits, Ring at,
+                                              const uint8_t* ring, uint32_t full, uint32_t empty,
                                               const Activations& activations, int slice, int my_lane, int lane) {
-  const int per_slot = groups_per_slot(bits), sets = kLanes / per_slot, bytes = 512 * bits + kParamBytes;
+  const int per_slot = groups_per_slot(bits), sets = kLanes / per_slot, bytes = block_bytes(bits);
   const uint32_t arrivals = sets == 2 ? 1 : 2;  // of each warp: eight for every slot, whoever reads it
   const int inside = my_lane % per_slot;
   at.advance(my_lane / per_slot, p.slots);
-  for (int first = my_lane / per_slot * per_slot; first < groups; first += kLanes) {
+  for (int first = my_lane / per_slot * per_slot; first < p.G; first += kLanes) {
     barrier_wait(full + 8 * at.slot, at.phase);
     const int g = first + inside;
     const uint8_t* block = ring + at.slot * kSlotBytes + inside * bytes;
     const uint32_t free = empty + 8 * at.slot;
-    if (g >= groups) {
+    if (g >= p.G) {
       __syncwarp();
       if (lane == 0) barrier_arrive(free, arrivals);
     } else if (bits == 4) {
@@ -241,86 +229,54 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[NT][4], const Stream
   }
 }
 
-template <int NT, bool QUANTIZE, bool CLUSTER>
+template <int NT, bool QUANTIZE>
 __global__ void __launch_bounds__(kConsumers + 32, NT == 1 ? 2 : 1)
     stream_kernel(const __grid_constant__ StreamParams p) {
-  constexpr int kTokens = 8 * NT, kSums = kTokens * kSumStride;  // floats of one lane or block
+  constexpr int kTokens = 8 * NT, kSums = kTokens * kSumStride;  // floats of one lane
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int blocks = CLUSTER ? cluster_size() : 1, rank = CLUSTER ? cluster_rank() : 0;
-  const int first_group = rank * p.G / blocks, groups = (rank + 1) * p.G / blocks - first_group;
-  const int most_groups = (p.G + blocks - 1) / blocks;
   const int first_token = blockIdx.y * p.together, tokens = min(p.together, p.M - first_token);
 
-  const uint32_t full = smem_address(shared), empty = full + 8 * kMaxSlots, arrived = empty + 8 * kMaxSlots;
+  const uint32_t full = smem_address(shared), empty = full + 8 * kMaxSlots;
   int* index = reinterpret_cast<int*>(shared + kHeadBytes);
   float* lane_sums = reinterpret_cast<float*>(index + kIndexBuffers * kTileRows);
-  float* block_sums = lane_sums + 2 * kLanes * kSums;
-  uint8_t* rest = reinterpret_cast<uint8_t*>(block_sums + (CLUSTER ? 2 * blocks * kSums : 0));
-  const Activations activations = {rest, reinterpret_cast<float4*>(rest + most_groups * p.together * 128), tokens};
-  const uint8_t* ring = shared + stream_fixed_bytes(p.together, blocks, most_groups);
+  uint8_t* rest = reinterpret_cast<uint8_t*>(lane_sums + 2 * kLanes * kSums);
+  const Activations activations = {rest, reinterpret_cast<float4*>(rest + p.G * p.together * 128), tokens};
+  const uint8_t* ring = shared + stream_fixed_bytes(p.together, p.G);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.slots; i++) {
       barrier_init(full + 8 * i, kCopyArrivals);
       barrier_init(empty + 8 * i, 8);
     }
-    barrier_init(arrived, 1);
-    barrier_init(arrived + 8, 1);
     barrier_init_fence();
   }
   __syncthreads();
-  if constexpr (CLUSTER) cluster_arrive();
-  start_next();
-  wait_for_previous();
 
-  const int cluster = blockIdx.x / blocks;
-  const int wide = cluster < p.T ? __ldg(p.tile_table + 3 * cluster + 2) : 0;
-  const Deal deal(cluster, gridDim.x / blocks, wide, p.T);
+  const int wide = static_cast<int>(blockIdx.x) < p.T ? __ldg(p.tile_table + 4 * blockIdx.x + 2) : 0;
+  const Deal deal(blockIdx.x, gridDim.x, wide, p.T);
   if (warp == kConsumers / 32) {
-    produce(p, deal, first_group, groups, smem_address(ring), full, empty, lane);
-    if constexpr (CLUSTER) cluster_wait();
+    produce(p, deal, smem_address(ring), full, empty, lane);
     return;
   }
 
-  load_activations<NT, QUANTIZE>(p, activations, first_token, first_group, groups, warp, lane);
+  load_activations<NT, QUANTIZE>(p, activations, first_token, warp, lane);
   named_barrier(1, kConsumers);
-  const int slice = warp % 2, my_lane = warp / 2, outputs = kTileRows * tokens;
-  const uint32_t block_sums_at = smem_address(block_sums);
-
-  auto store = [&](int i, int e, float total) {
-    const int n = index[i % kIndexBuffers * kTileRows + e % kTileRows];
-    if (n < 0) return;
-    if (p.bias != nullptr) total += load_float(p.bias, n, p.bias_type);
-    store_float(p.y, static_cast<int64_t>(first_token + e / kTileRows) * p.N + n, p.y_type, total);
-  };
-  // the collecting block's part: adds up what all blocks have for tile i, itself included
-  auto collect = [&](int i) {
-    const int use = i / blocks, buffer = use % 2;
-    barrier_wait(arrived + 8 * buffer, use / 2 % 2);
-    for (int e = threadIdx.x; e < outputs; e += kConsumers) {
-      float total = 0.0f;
-      for (int b = 0; b < blocks; b++) {
-        total += block_sums[(buffer * blocks + b) * kSums + e / kTileRows * kSumStride + e % kTileRows];
-      }
-      store(i, e, total);
-    }
-  };
-
+  const int slice = warp % kSlices, my_lane = warp / kSlices, outputs = kTileRows * tokens;
   Ring at;
-  int tile = deal.tile(0), i = 0, collecting = -1;
-  int bits = tile < p.T ? __ldg(p.tile_table + 3 * tile + 1) : 0;
+  int tile = deal.tile(0), i = 0;
+  int bits = tile < p.T ? __ldg(p.tile_table + 4 * tile + 1) : 0;
   for (; tile < p.T; i++) {
     const int following = deal.tile(i + 1);
-    const int next_bits = following < p.T ? __ldg(p.tile_table + 3 * following + 1) : 0;
+    const int next_bits = following < p.T ? __ldg(p.tile_table + 4 * following + 1) : 0;
     if (threadIdx.x < kTileRows) {
       index[i % kIndexBuffers * kTileRows + threadIdx.x] = __ldg(p.row_index + tile * kTileRows + threadIdx.x);
     }
     float sums[NT][4];
 #pragma unroll
     for (int t = 0; t < NT; t++) sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = 0.0f;
-    multiply_tile<NT>(sums, p, bits, groups, at, ring, full, empty, activations, slice, my_lane, lane);
-    at.advance((groups + groups_per_slot(bits) - 1) / groups_per_slot(bits), p.slots);
+    multiply_tile<NT>(sums, p, bits, at, ring, full, empty, activations, slice, my_lane, lane);
+    at.advance((p.G + groups_per_slot(bits) - 1) / groups_per_slot(bits), p.slots);
 
     // two buffers: who writes this one has seen everybody pass the barrier of the tile between
     float* mine = lane_sums + (i % 2 * kLanes + my_lane) * kSums + 16 * slice + lane / 4;
@@ -333,38 +289,17 @@ __global__ void __launch_bounds__(kConsumers + 32, NT == 1 ? 2 : 1)
       mine[(token + 1) * kSumStride + 8] = sums[t][3];
     }
     named_barrier(1, kConsumers);
-    const int collector = CLUSTER ? i % blocks : 0, buffer = i / blocks % 2;
-    if constexpr (CLUSTER) {
-      if (i == 0) cluster_wait();  // the other blocks' barriers exist
-      // before anything is pushed for this tile: so a block that has collected the sums of a later tile knows that
-      // all others have emptied the buffers of this one, and buffers may be filled again after 2 * blocks tiles
-      if (collecting >= 0) collect(collecting);
-      collecting = rank == collector ? i : -1;
-      if (collecting >= 0 && threadIdx.x == 0) barrier_expect(arrived + 8 * buffer, (blocks - 1) * outputs * 4);
-    }
     for (int e = threadIdx.x; e < outputs; e += kConsumers) {
-      const int place = e / kTileRows * kSumStride + e % kTileRows;
-      const float* parts = lane_sums + i % 2 * kLanes * kSums + place;
+      const float* parts = lane_sums + i % 2 * kLanes * kSums + e / kTileRows * kSumStride + e % kTileRows;
       float total = parts[0];
 #pragma unroll
       for (int l = 1; l < kLanes; l++) total += parts[l * kSums];
-      if constexpr (!CLUSTER) {
-        store(i, e, total);
-      } else {
-        const int there = (buffer * blocks + rank) * kSums + place;
-        if (rank == collector) {
-          block_sums[there] = total;  // read by this same thread
-        } else {
-          cluster_push(cluster_map(block_sums_at + 4 * there, collector), total,
-                       cluster_map(arrived + 8 * buffer, collector));
-        }
-      }
+      const int n = index[i % kIndexBuffers * kTileRows + e % kTileRows];
+      if (n < 0) continue;
+      if (p.bias != nullptr) total += load_float(p.bias, n, p.bias_type);
+      store_float(p.y, static_cast<int64_t>(first_token + e / kTileRows) * p.N + n, p.y_type, total);
     }
     tile = following, bits = next_bits;
-  }
-  if constexpr (CLUSTER) {
-    if (i == 0) cluster_wait();
-    if (collecting >= 0) collect(collecting);
   }
 }
 

@@ -5,9 +5,8 @@ namespace torchmix {
 
 template <>
 cudaError_t launch_stream<4>(const StreamParams& params, const StreamChoice& choice, const DeviceLimits& device,
-                             bool quantize, cudaStream_t stream) {
-  if (quantize) return cudaErrorInvalidValue;  // so many tokens come quantized
-  return launch_stream_kernel<4, false>(params, choice, device, stream);
+                             cudaStream_t stream) {
+  return launch_stream_kernel<4>(params, choice, device, stream);
 }
 
 }  // namespace torchmix

@@ -26,7 +26,7 @@ from torchmix.tiles import GROUP_SIZE, Tiles
 ROOT = Path(__file__).parents[2]
 KERNELS, EMULATOR = ROOT / "csrc" / "cuda", Path(__file__).parent / "emulator"
 ARCHITECTURES = (800, 900)
-PIECES = (64, 128)  # tokens of a piece of batch_kernel
+PIECES = (8, 16, 32, 64, 128)  # tokens of a piece of hopper_kernel
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Undefined behaviour, such as a misaligned vector load, traps; faults.cpp makes an error of it.
 CHECKS = "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"
@@ -38,13 +38,14 @@ class EmulatedError(Exception):
     """A launch failed: what the machine says about it."""
 
 
-class StreamCall(ctypes.Structure):
+class LinearCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("tiles", "row_index", "tile_table", "x", "codes")),
-        *((name, ctypes.c_void_p) for name in ("token_scale", "group_sum", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("token_scale", "group_sum", "bias", "y", "prepared")),
         *((name, ctypes.c_int64) for name in ("tile_bytes", "x_stride", "M", "N", "K", "T")),
         *((name, ctypes.c_int32) for name in ("x_type", "bias_type", "y_type", "aligned")),
-        *((name, ctypes.c_int32) for name in ("together", "blocks", "slots", "clusters")),
+        *((name, ctypes.c_int32) for name in ("together", "slots", "blocks")),
+        *((name, ctypes.c_int32) for name in ("tokens", "clusters", "wide_shift", "early")),
         ("seed", ctypes.c_uint64),
         ("lanes_apart", ctypes.c_int32),
     ]
@@ -61,24 +62,35 @@ class QuantizeCall(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Stream:
-    """How ``stream_kernel`` is launched: ``StreamChoice`` of launch_choice.h, clusters, and the machine's seed.
+    """How ``stream_kernel`` is launched: ``StreamChoice`` of launch_choice.h, blocks, and the machine's seed.
 
-    together: tokens that go through the weights together; those of :data:`PIECES` stand for ``batch_kernel``, whose
-    blocks are as many as ``clusters`` says.
+    together: tokens that go through the weights together.
     lanes_apart: lanes of a warp may go apart wherever the kernel does not bring them together. A GPU may do so, but
     after a loop or a branch it hardly ever does.
     """
 
     together: int = 8
-    blocks: int = 1
     slots: int = 8
-    clusters: int = 1
+    blocks: int = 1
     seed: int = 0
     arch: int = 900
     lanes_apart: bool = False
 
 
+@dataclass(frozen=True)
+class Hopper:
+    """How ``hopper_kernel`` is launched: tokens of a piece (:data:`PIECES`), clusters, and what a wide group costs."""
+
+    tokens: int = 8
+    clusters: int = 1
+    wide_shift: int = 1
+    early: bool = True
+    seed: int = 0
+    lanes_apart: bool = False
+
+
 DEFAULT = Stream()
+Activation = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
 def why_unavailable() -> str | None:
@@ -88,41 +100,68 @@ def why_unavailable() -> str | None:
     return None if _compiler() is not None else "no C++ compiler was found ($CXX, g++)"
 
 
-def stream(
-    activation: Tensor | tuple[Tensor, Tensor, Tensor],
+def prepare(activation: Activation, seed: int = 0, lanes_apart: bool = False, arch: int = 900) -> Tensor:
+    """Run ``prepare_kernel`` on x (M, K), or on its codes, scales and sums: what ``prepare_activation`` gives."""
+    call = LinearCall(seed=seed, lanes_apart=lanes_apart)
+    first = activation if isinstance(activation, Tensor) else activation[0]
+    _set_activation(call, activation, 8)
+    tokens, groups = -(-first.shape[0] // 16) * 16, -(-first.shape[1] // GROUP_SIZE)
+    prepared = torch.full((tokens * (groups * 132 + -(-groups // 16) * 64),), 0xFF, dtype=torch.uint8)
+    call.prepared = prepared.data_ptr()
+    _check(arch, "emulated_prepare", ctypes.byref(call))
+    return prepared
+
+
+def linear(
+    activation: Activation,
     tiles: Tiles,
     out_features: int,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    how: Stream = DEFAULT,
+    how: Stream | Hopper = DEFAULT,
 ) -> Tensor:
-    """Run ``stream_kernel`` or ``batch_kernel`` on x (M, K), or on its codes, scales and sums.
+    """Run ``stream_kernel`` or ``hopper_kernel`` on x (M, K), or on its codes, scales and sums.
+
+    Only ``stream_kernel`` quantizes x itself, of at most 16 tokens together; else ``prepare_kernel`` runs first.
 
     Raises:
         EmulatedError: a deadlock, memory that is not there, or the like.
     """
-    call = StreamCall(seed=how.seed, lanes_apart=how.lanes_apart)
-    for name in ("together", "blocks", "slots", "clusters"):
+    call = LinearCall(seed=how.seed, lanes_apart=how.lanes_apart)
+    hopper = isinstance(how, Hopper)
+    names = ("tokens", "clusters", "wide_shift", "early") if hopper else ("together", "slots", "blocks")
+    for name in names:
         setattr(call, name, getattr(how, name))
+    arch = 900 if isinstance(how, Hopper) else how.arch
     if isinstance(activation, Tensor):
-        x, dtype = activation, activation.dtype
-        call.x, call.x_type, call.x_stride = x.data_ptr(), FLOATS[dtype], x.stride(0)
-        call.M, call.K = x.shape
-        call.aligned = x.shape[1] % 4 == 0 and x.stride(0) % 4 == 0
-    else:
-        codes = activation[0]
-        call.codes, call.token_scale, call.group_sum = (part.data_ptr() for part in activation)
-        call.M, call.K = codes.shape
-        call.aligned = codes.shape[1] % 4 == 0
+        dtype = activation.dtype
+    _set_activation(call, activation, 4)
+    prepared = None
+    if hopper or not isinstance(activation, Tensor):
+        prepared = prepare(activation, how.seed, how.lanes_apart, arch)
+        call.prepared, call.x = prepared.data_ptr(), None
     call.tiles, call.row_index, call.tile_table = (part.data_ptr() for part in tiles)
     call.tile_bytes, call.N, call.T = tiles.tiles.numel(), out_features, len(tiles.tile_table)
     if bias is not None:
         call.bias, call.bias_type = bias.data_ptr(), FLOATS[bias.dtype]
     y = torch.full((call.M, out_features), torch.nan, dtype=dtype)
     call.y, call.y_type = y.data_ptr(), FLOATS[dtype]
-    function = "emulated_batch" if how.together in PIECES else "emulated_stream"
-    _check(how.arch, function, ctypes.byref(call))
+    _check(arch, "emulated_hopper" if hopper else "emulated_stream", ctypes.byref(call))
     return y
+
+
+def _set_activation(call: LinearCall, activation: Activation, alignment: int) -> None:
+    """Pointers and sizes of x or of codes, scales and sums; aligned: rows start at multiples of so many values."""
+    if isinstance(activation, Tensor):
+        x = activation
+        call.x, call.x_type, call.x_stride = x.data_ptr(), FLOATS[x.dtype], x.stride(0)
+        call.M, call.K = x.shape
+        call.aligned = x.shape[1] % alignment == 0 and x.stride(0) % alignment == 0
+    else:
+        codes = activation[0]
+        call.codes, call.token_scale, call.group_sum = (part.data_ptr() for part in activation)
+        call.M, call.K = codes.shape
+        call.aligned = codes.shape[1] % alignment == 0
 
 
 def quantize(
@@ -146,19 +185,53 @@ class Choice(NamedTuple):
     """``StreamChoice`` of launch_choice.h, and the shared memory that a block takes beside the slots."""
 
     tokens: int
-    blocks: int
     slots: int
     fixed_bytes: int
 
 
-def choose_stream(
-    tokens: int, groups: int, tiles: int, multiprocessors: int, shared_bytes: int, clusters: bool
-) -> Choice:
+class HopperChoice(NamedTuple):
+    """``HopperChoice`` of launch_choice.h."""
+
+    tokens: int
+    cluster: int
+    row_pieces: int
+    token_pieces: int
+    clusters: int
+    wide_shift: int
+
+
+class Part(NamedTuple):
+    """``Part`` of schedule.h, and the nearest block before that has a part of the same piece (-1: none)."""
+
+    rows: int
+    tokens: int
+    first: int
+    last: int
+    shared: int
+    sharer: int
+
+
+def choose_stream(tokens: int, groups: int, shared_bytes: int) -> Choice:
     """``choose_stream`` of launch_choice.h."""
-    result = (ctypes.c_int32 * 4)()
-    choose = _load(build(900)).emulated_choose_stream
-    choose(ctypes.c_int64(tokens), groups, tiles, multiprocessors, shared_bytes, clusters, result)
+    result = (ctypes.c_int32 * 3)()
+    _load(build(900)).emulated_choose_stream(ctypes.c_int64(tokens), groups, shared_bytes, result)
     return Choice(*result)
+
+
+def choose_hopper(tokens: int, groups: int, tiles: int, multiprocessors: int) -> HopperChoice:
+    """``choose_hopper`` of launch_choice.h."""
+    result = (ctypes.c_int32 * 6)()
+    _load(build(900)).emulated_choose_hopper(ctypes.c_int64(tokens), groups, tiles, multiprocessors, result)
+    return HopperChoice(*result)
+
+
+def parts(schedule: tuple[int, int, int, int, int, int], block: int) -> list[Part]:
+    """What a block does: ``Parts`` of schedule.h; the arguments of ``Schedule`` are row_pieces, token_pieces, groups,
+    blocks, wide and wide_shift."""
+    room = schedule[0] * schedule[1] + 2
+    result = (ctypes.c_int32 * (6 * room))()
+    count = _load(build(900)).emulated_parts((ctypes.c_int32 * 6)(*schedule), block, result, room)
+    return [Part(*result[6 * i : 6 * i + 6]) for i in range(count)]
 
 
 def selftest(name: str, seed: int = 0) -> Tensor:
@@ -211,8 +284,8 @@ def build(arch: int) -> Path:
     folder = ROOT / "build" / "emulator" / str(arch)
     sources = folder / "translated"
     sources.mkdir(parents=True, exist_ok=True)
-    translated = {path.name: translate(path) for path in sorted(KERNELS.glob("*.*h"))}
-    for pattern in ("stream_*.cu", "batch_*.cu", "prepare.cu"):
+    translated = {path.name: translate(path) for path in sorted(KERNELS.glob("*.*h")) if path.name != "host.h"}
+    for pattern in ("stream_*.cu", "hopper_[0-9]*.cu", "prepare.cu"):
         translated |= {path.name: translate(path) for path in sorted(KERNELS.glob(pattern))}
     translated["quantize_kernels.h"] = quantize_kernels()
     translated["selftest.cu"] = translate(EMULATOR / "selftest.cu")

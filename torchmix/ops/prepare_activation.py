@@ -45,7 +45,7 @@ def prepare_activation(x: Tensor, per_token: bool = False) -> Tensor:
     """What :func:`torchmix.ops.quantize_activation` gives with ``group_size=128``, as GPU kernels read it.
 
     Several linear layers with the same input can share it (:func:`torchmix.ops.mixed_linear_tiled_prepared`). The
-    reference follows the layout to the bit; a kernel does so but for the padding tokens. Not differentiable.
+    reference and kernels write the same bytes, padding included. Not differentiable.
 
     Args:
         x: float32, bfloat16 or float16 (M, K).

@@ -42,22 +42,34 @@ inline void copy_async(uint32_t to, const void* from, uint32_t bytes, uint32_t b
   }
 }
 
-// --- clusters ------------------------------------------------------------------------------------------------------
+inline void prefetch_bulk(const void*, uint32_t bytes) {
+  if (bytes % 16 != 0) emulator::fail("prefetch of %u bytes", bytes);
+}
+
+// --- clusters of two blocks ------------------------------------------------------------------------------------------
 
 inline int cluster_rank() { return kHopper ? static_cast<int>(emulator::cluster_rank()) : 0; }
-inline int cluster_size() { return kHopper ? static_cast<int>(emulator::cluster_size()) : 1; }
-inline void cluster_arrive() {
-  if constexpr (kHopper) emulator::cluster_arrive();
+inline void cluster_barrier() {
+  if constexpr (kHopper) {
+    emulator::cluster_arrive();
+    emulator::cluster_wait();
+  }
 }
-inline void cluster_wait() {
-  if constexpr (kHopper) emulator::cluster_wait();
+inline void barrier_arrive_at(uint32_t barrier, int rank) {
+  emulator::barrier_arrive(emulator::map_address(barrier, static_cast<uint32_t>(rank)), Scope::kCluster);
 }
-inline uint32_t cluster_map(uint32_t address, int rank) {
-  return kHopper ? emulator::map_address(address, static_cast<uint32_t>(rank)) : address;
+inline void copy_bulk_to_both(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  emulator::copy_bytes_multicast(to, from, bytes, barrier, 3);
 }
-inline void cluster_push(uint32_t mapped_address, float value, uint32_t mapped_barrier) {
-  emulator::store_async(mapped_address, &value, sizeof value, mapped_barrier);
+
+// --- between blocks, through device memory: clusters run one after another, in order ----------------------------------
+
+inline void signal_ready(uint64_t* flag, uint64_t signal) { *flag = signal; }
+inline void await_ready(uint64_t* flag, uint64_t signal) {
+  if (*flag != signal) emulator::fail("a block waits for one that comes after it");
+  *flag = 0;
 }
+inline float load_fresh(const float* from) { return *from; }
 
 // --- launches that overlap: here one kernel runs after another --------------------------------------------------------
 
@@ -71,6 +83,13 @@ inline void multiply(int (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
   const emulator::MultiplyOperands operands = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulator::collective(kSignedWeight ? "multiply signed" : "multiply", 0xffffffffu, &operands, d,
                        emulator::multiply_lanes<kSignedWeight>);
+}
+
+inline uint32_t pack_bfloat16(float low, float high) {
+  const __nv_bfloat16 parts[2] = {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+  uint32_t both;
+  memcpy(&both, parts, 4);
+  return both;
 }
 
 // A barrier of some warps of a block.

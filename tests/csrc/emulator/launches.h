@@ -70,7 +70,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  emulator::Launch what = {config->gridDim, config->blockDim, config->dynamicSmemBytes, 1};
+  emulator::Launch what = {config->gridDim, config->blockDim, config->dynamicSmemBytes, 1, true};
   for (unsigned i = 0; i < config->numAttrs; i++) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) what.cluster = config->attrs[i].val.clusterDim.x;
   }

@@ -276,10 +276,9 @@ bool run(const Launch& launch, const std::function<void()>& kernel) {
   }
   const FaultGuard guard;
   while (!clusters.empty()) {
-    const size_t chosen = machine.draw(static_cast<uint32_t>(clusters.size()));
+    const size_t chosen = launch.in_order ? 0 : machine.draw(static_cast<uint32_t>(clusters.size()));
     start_cluster(clusters[chosen]);
-    clusters[chosen] = clusters.back();
-    clusters.pop_back();
+    clusters.erase(clusters.begin() + static_cast<std::ptrdiff_t>(chosen));
     const bool done = run_cluster();
     end_cluster();
     if (!done) return false;

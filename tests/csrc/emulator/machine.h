@@ -27,6 +27,7 @@ struct Launch {
   Index3 grid, block;
   size_t shared_bytes = 0;  // dynamic
   unsigned cluster = 1;     // blocks, along x
+  bool in_order = false;    // clusters start by their number, as a GPU starts them; else in any order
 };
 
 // Draws of the launches that follow come from this seed. lanes_apart: lanes of a warp that can run need not run

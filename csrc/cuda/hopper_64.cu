@@ -1,0 +1,11 @@
+// hopper_kernel for 64 tokens at once.
+#include "hopper_launch.h"
+
+namespace torchmix {
+
+template <>
+cudaError_t launch_hopper<64>(const HopperParams& params, int blocks, cudaStream_t stream) {
+  return launch_hopper_kernel<64>(params, blocks, stream);
+}
+
+}  // namespace torchmix
