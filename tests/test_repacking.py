@@ -224,8 +224,7 @@ def test_saved_files_are_the_same(tmp_path: Path, shard: int | str) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_load_pretrained_repacks_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHMIX_REPACK", "1")
+def test_load_pretrained_repacks_modules(tmp_path: Path) -> None:
     model = apply_plan(sequential(), random_plan(sequential()))
     save_pretrained(model, tmp_path / "model")
     loaded = load_pretrained(tmp_path / "model", model=sequential())
@@ -236,7 +235,8 @@ def test_load_pretrained_repacks_modules(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("kernels")
-def test_loading_leaves_weights_plain_unless_asked(tmp_path: Path) -> None:
+def test_loading_leaves_weights_plain_where_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHMIX_REPACK", "0")
     model = apply_plan(sequential(), random_plan(sequential()))
     save_pretrained(model, tmp_path / "model")
     loaded = load_pretrained(tmp_path / "model", model=sequential())
@@ -245,11 +245,8 @@ def test_loading_leaves_weights_plain_unless_asked(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_transformers_repacks_after_loading(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformers_repacks_after_loading(tmp_path: Path, family: str) -> None:
     """Conv1D weights are transposed; experts stay plain."""
-    monkeypatch.setenv("TORCHMIX_REPACK", "1")
     import transformers
 
     (model, _), ids = quantized_model(family), random_ids(2, 9)
@@ -304,8 +301,7 @@ def test_kernels_in_a_compiled_model(backend: str) -> None:
 
 
 @needs_kernels
-def test_models_are_repacked_when_loaded_to_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHMIX_REPACK", "1")
+def test_models_are_repacked_when_loaded_to_a_gpu(tmp_path: Path) -> None:
     plan = random_plan(sequential(), (3, 4, 5, 6, 8))
     model = apply_plan(sequential(), plan)
     save_pretrained(model, tmp_path / "model")

@@ -39,8 +39,8 @@ def repack(model: nn.Module, *, force: bool = False) -> RepackReport:
     """Bring quantized weights into the order that compiled kernels read, in place.
 
     Outputs stay the same up to the rounding of float32 sums. ``state_dict``, checkpoints and pickles of the model
-    hold the plain bytes as before. Call it once the model is on the GPU, and compile the model afterwards. With
-    ``TORCHMIX_REPACK=1`` in the environment, loading a model to a GPU does it too.
+    hold the plain bytes as before. Call it once the model is on the GPU, and compile the model afterwards. Loading a
+    model to a GPU does it too, unless ``TORCHMIX_REPACK=0`` is in the environment.
 
     Args:
         model: any module with quantized weights; the unquantized ones are left alone.
@@ -66,11 +66,8 @@ def repack(model: nn.Module, *, force: bool = False) -> RepackReport:
 
 
 def repack_loaded(model: nn.Module) -> None:
-    """What loading does with a model: :func:`repack` where ``TORCHMIX_REPACK=1`` asks for it, else nothing.
-
-    The kernels that read tiles are new: their logic is tested on an emulator, not every path of it on a GPU yet.
-    """
-    if os.environ.get("TORCHMIX_REPACK") == "1":
+    """What loading does with a model: :func:`repack`, unless ``TORCHMIX_REPACK=0`` says that it shall not."""
+    if os.environ.get("TORCHMIX_REPACK") != "0":
         repack(model)
 
 

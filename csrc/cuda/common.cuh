@@ -29,13 +29,17 @@ __device__ __forceinline__ float load_float(const void* data, int64_t index, Flo
   return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
 }
 
+__device__ __forceinline__ void assign(float* to, float value) { *to = value; }
+__device__ __forceinline__ void assign(__half* to, float value) { *to = __float2half_rn(value); }
+__device__ __forceinline__ void assign(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+
 __device__ __forceinline__ void store_float(void* data, int64_t index, Float type, float value) {
   if (type == Float::kFloat32) {
-    static_cast<float*>(data)[index] = value;
+    assign(static_cast<float*>(data) + index, value);
   } else if (type == Float::kFloat16) {
-    static_cast<__half*>(data)[index] = __float2half_rn(value);
+    assign(static_cast<__half*>(data) + index, value);
   } else {
-    static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(value);
+    assign(static_cast<__nv_bfloat16*>(data) + index, value);
   }
 }
 
@@ -216,6 +220,13 @@ __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Computes these registers here, before what follows.
+template <int N>
+__device__ __forceinline__ void stay_here(uint32_t (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(values[i]));
 }
 
 // --- tensor cores --------------------------------------------------------------------------------------------------

@@ -349,6 +349,10 @@ struct Multiplier {
       sums[j] = sums_of_codes<BITS>(now[j].weights);
     }
     if (more) load<BITS>(next);
+    if (more) {
+#pragma unroll
+      for (Group& one : next) stay_here(one.weights.a);
+    }
     wgmma_wait();
 #pragma unroll
     for (int j = 0; j < COUNT; j++) {
@@ -493,10 +497,19 @@ __device__ __forceinline__ void store_result(const HopperParams& p, const Hopper
     }
     __syncwarp();
     const int tokens = n < 0 ? 0 : min(kStaged, p.M - first - start);
-#pragma unroll 4
-    for (int token = lane / 16; token < tokens; token += 2) {
-      const int64_t at = static_cast<int64_t>(first + start + token) * p.N + n;
-      store_float(p.y, at, p.y_type, fmaf(*spot(token, lane % 16), unit, bias));
+    const int64_t at = static_cast<int64_t>(first + start + lane / 16) * p.N + n;
+    const auto store = [&](auto* to) {
+#pragma unroll 8
+      for (int token = lane / 16; token < tokens; token += 2, to += 2 * static_cast<int64_t>(p.N)) {
+        assign(to, fmaf(*spot(token, lane % 16), unit, bias));
+      }
+    };
+    if (p.y_type == Float::kBFloat16) {
+      store(static_cast<__nv_bfloat16*>(p.y) + at);
+    } else if (p.y_type == Float::kFloat16) {
+      store(static_cast<__half*>(p.y) + at);
+    } else {
+      store(static_cast<float*>(p.y) + at);
     }
   }
 }

@@ -59,7 +59,8 @@ void check_weight(const TiledWeight& weight, int64_t in_features) {
                   "mixed_linear: tiles and tile_table must start at multiples of 16 bytes");
   STD_TORCH_CHECK(!weight.bias.has_value() || weight.bias->numel() == weight.out_features,
                   "mixed_linear: the bias must have ", weight.out_features, " values");
-  STD_TORCH_CHECK(in_features < (1 << 30), "mixed_linear: too many inputs");
+  STD_TORCH_CHECK(in_features > 0 && in_features < (1 << 30), "mixed_linear: ", in_features,
+                  " inputs are not possible on CUDA, there must be 1 or more");
 }
 
 void check_launch(cudaError_t error) {

@@ -284,7 +284,9 @@ def build(arch: int) -> Path:
     folder = ROOT / "build" / "emulator" / str(arch)
     sources = folder / "translated"
     sources.mkdir(parents=True, exist_ok=True)
-    translated = {path.name: translate(path) for path in sorted(KERNELS.glob("*.*h")) if path.name != "host.h"}
+    translated = {
+        path.name: translate(path) for path in sorted(KERNELS.glob("*.*h")) if path.name != "host.h"
+    }
     for pattern in ("stream_*.cu", "hopper_[0-9]*.cu", "prepare.cu"):
         translated |= {path.name: translate(path) for path in sorted(KERNELS.glob(pattern))}
     translated["quantize_kernels.h"] = quantize_kernels()

@@ -148,7 +148,7 @@ def test_rows_of_many_tokens(tokens: int, rows: int, widths: tuple[int, ...]) ->
 @pytest.mark.parametrize("clusters", [1, 2, 3, 5, 7, 13])
 @pytest.mark.parametrize("early", [False, True])
 def test_pieces_that_blocks_share(early: bool, clusters: int, piece: int) -> None:
-    """Blocks begin and end anywhere in a piece, also where chunks of 16 groups do not, and share it with many others."""
+    """Blocks begin and end anywhere in a piece, also within a chunk of 16 groups, and share it with many others."""
     check((8, 400, 2560), Hopper(piece, clusters, early=early), ORDINARY, seeds=2)
     check((8, 100, 2560), Hopper(piece, clusters, 0, early), ORDINARY, seeds=2)
 

@@ -81,7 +81,9 @@ def assert_close_with_offsets(
     offsets = torch.where(weight.row_bits == 8, 128, 0)
     expected, _, magnitude, taken = _sums(x, weight, bias, per_token, offsets)
     groups = weight.scale.shape[1]
-    _check(y, expected, (2 * groups + 12 * -(-groups // 16) + 4) * 2.0**-24 * magnitude + 2 * 2.0**-16 * taken)
+    _check(
+        y, expected, (2 * groups + 12 * -(-groups // 16) + 4) * 2.0**-24 * magnitude + 2 * 2.0**-16 * taken
+    )
 
 
 def assert_close_on(

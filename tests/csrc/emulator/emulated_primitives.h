@@ -92,6 +92,9 @@ inline uint32_t pack_bfloat16(float low, float high) {
   return both;
 }
 
+template <int N>
+inline void stay_here(uint32_t (&)[N]) {}
+
 // A barrier of some warps of a block.
 inline void named_barrier(int id, int threads) { emulator::block_barrier(id, threads); }
 
