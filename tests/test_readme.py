@@ -66,6 +66,22 @@ def test_table_is_the_measured_one() -> None:
     assert table in README, f"put this into README.md:\n{table}"
 
 
+def test_cuda_table_is_the_measured_one() -> None:
+    """Every ratio, without and with activation quantization, stands in the benchmark's file."""
+    with (ROOT / "benchmarks" / "results" / "cuda_kernels.csv").open(newline="") as file:
+        measured = {
+            (row["peer"], f"{row['N']}x{row['K']}", int(row["M"])): float(row["ratio"])
+            for row in csv.DictReader(file)
+            if row["row_bits"] == "8:10,4:90"
+        }
+    rows = re.findall(r"^\| (\d+x\d+) \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == 4
+    for shape, cells in rows:
+        for tokens, cell in zip((1, 16, 64, 128, 1024, 4096), cells.split(" | "), strict=True):
+            ratios = (measured[peer, shape, tokens] for peer in ("torchmix", "torchmix+activation"))
+            assert cell == " / ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
 def test_quality_tables_are_the_measured_ones() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "quality" / "readme.py"), "--check"]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -52,25 +52,6 @@ struct PrepareParams {
 
 constexpr int kPrepareThreads = 128;
 
-// Eight inputs from column k; what lies beyond K is zero.
-__device__ __forceinline__ void load_eight(const PrepareParams& p, int64_t token, int k, float (&v)[8]) {
-  const int64_t start = token * p.x_stride;
-  if (p.aligned && p.type != Float::kFloat32) {
-    uint4 words = {0, 0, 0, 0};
-    if (k < p.K) words = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.x) + start + k);
-    const bool bfloat16 = p.type == Float::kBFloat16;
-    unpack_two(words.x, bfloat16, v[0], v[1]);
-    unpack_two(words.y, bfloat16, v[2], v[3]);
-    unpack_two(words.z, bfloat16, v[4], v[5]);
-    unpack_two(words.w, bfloat16, v[6], v[7]);
-    return;
-  }
-  const float4 low = load_four(p.x, start, k, p.K, p.type, p.aligned);
-  const float4 high = load_four(p.x, start, k + 4, p.K, p.type, p.aligned);
-  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-}
-
 __device__ __forceinline__ uint2 load_codes_of(const PrepareParams& p, int64_t token, int k) {
   const int8_t* row = p.codes + token * p.K;
   if (p.aligned) return k < p.K ? *reinterpret_cast<const uint2*>(row + k) : uint2{0, 0};
@@ -99,10 +80,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
   int sum = 0;
   if constexpr (QUANTIZE) {
     float v[8] = {};
-    if (mine) load_eight(p, token, k, v);
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) largest = max(largest, magnitude_bits(v[i]));
+    if (mine) load_eight(p.x, token * p.x_stride, k, p.K, p.type, p.aligned, v);
+    uint32_t largest = largest_of_eight(v);
 #pragma unroll
     for (int step = 8; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
     const Quantizer quantizer(largest);

@@ -72,6 +72,32 @@ __device__ __forceinline__ float4 load_four(const void* x, int64_t row_start, in
   return v;
 }
 
+// Eight inputs from column k; `aligned`: rows start at multiples of eight inputs in memory, and `inputs` is one.
+__device__ __forceinline__ void load_eight(const void* x, int64_t row_start, int k, int inputs, Float type, bool aligned,
+                                           float (&v)[8]) {
+  if (aligned && type != Float::kFloat32) {
+    uint4 words = {0, 0, 0, 0};
+    if (k < inputs) words = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(x) + row_start + k);
+    const bool bfloat16 = type == Float::kBFloat16;
+    unpack_two(words.x, bfloat16, v[0], v[1]);
+    unpack_two(words.y, bfloat16, v[2], v[3]);
+    unpack_two(words.z, bfloat16, v[4], v[5]);
+    unpack_two(words.w, bfloat16, v[6], v[7]);
+    return;
+  }
+  const float4 low = load_four(x, row_start, k, inputs, type, aligned);
+  const float4 high = load_four(x, row_start, k + 4, inputs, type, aligned);
+  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
+__device__ __forceinline__ uint32_t largest_of_eight(const float (&v)[8]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) largest = max(largest, magnitude_bits(v[i]));
+  return largest;
+}
+
 __device__ __forceinline__ uint32_t largest_of(const float4& v) {
   return max(max(magnitude_bits(v.x), magnitude_bits(v.y)), max(magnitude_bits(v.z), magnitude_bits(v.w)));
 }

@@ -20,31 +20,6 @@ struct QuantizeParams {
   bool aligned;  // rows of x start at 16 bytes, rows of codes at 8, and K is a multiple of 8
 };
 
-__device__ __forceinline__ void load_eight(const QuantizeParams& p, int64_t token, int k, float (&v)[8]) {
-  const int64_t start = token * p.x_stride;
-  if (p.aligned && p.type != Float::kFloat32) {
-    uint4 words = {0, 0, 0, 0};
-    if (k < p.K) words = __ldcs(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p.x) + start + k));
-    const bool bfloat16 = p.type == Float::kBFloat16;
-    unpack_two(words.x, bfloat16, v[0], v[1]);
-    unpack_two(words.y, bfloat16, v[2], v[3]);
-    unpack_two(words.z, bfloat16, v[4], v[5]);
-    unpack_two(words.w, bfloat16, v[6], v[7]);
-    return;
-  }
-  const float4 low = load_four(p.x, start, k, p.K, p.type, p.aligned);
-  const float4 high = load_four(p.x, start, k + 4, p.K, p.type, p.aligned);
-  v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-  v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-}
-
-__device__ __forceinline__ uint32_t largest_of_eight(const float (&v)[8]) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < 8; i++) largest = max(largest, magnitude_bits(v[i]));
-  return largest;
-}
-
 __device__ __forceinline__ void store_eight(const QuantizeParams& p, int64_t token, int k, uint2 codes) {
   int8_t* row = p.codes + token * p.K;
   if (p.aligned) {
@@ -65,7 +40,9 @@ __global__ void __launch_bounds__(kThreads) quantize_groups(const __grid_constan
 #pragma unroll
   for (int u = 0; u < kUnroll; u++) {
     const int64_t at = half + u * stride;
-    if (at < total) load_eight(p, at / p.G, static_cast<int>(at % p.G) * kGroup + 8 * lane, v[u]);
+    if (at >= total) continue;
+    const int k = static_cast<int>(at % p.G) * kGroup + 8 * lane;
+    load_eight(p.x, at / p.G * p.x_stride, k, p.K, p.type, p.aligned, v[u]);
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; u++) {
