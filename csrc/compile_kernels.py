@@ -28,6 +28,14 @@ from toolchain import Settings, Torch
 ROOT = Path(__file__).resolve().parents[1]
 DEVICES = ("cpu", "cuda")
 LIBRARY_NAME = {"cpu": "_C.so", "cuda": "_C_cuda.so"}
+# Errors end the process; -O1, later on the command line than -O3, keeps lines apart.
+SANITIZE = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-g1",
+    "-O1",
+)
 SOURCE_SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}
 TORCH_TARGET = (
     "0x020a000000000000ULL"  # the stable ABI of torch 2.10: all that is used, with a version to spare
@@ -187,8 +195,12 @@ def _cpu_toolchain(settings: Settings, torch: Torch, root: Path) -> Toolchain:
     command = [*cxx, "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     command.append("-ffp-contract=off")  # the formula of the activations' codes rounds every product
     command += _torch_flags(torch, root)
+    checks = SANITIZE if settings.sanitize else ()
+    command += checks
     libraries = (f"-L{torch.root / 'lib'}", "-ltorch_cpu")
-    return Toolchain((*command, "-c"), (*cxx, "-shared"), libraries, f"{_version(cxx)}\n{torch.version}")
+    return Toolchain(
+        (*command, "-c"), (*cxx, *checks, "-shared"), libraries, f"{_version(cxx)}\n{torch.version}"
+    )
 
 
 def _torch_flags(torch: Torch, root: Path) -> list[str]:
@@ -304,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings.from_environment()
     if options.archs:
         settings = dataclasses.replace(settings, cuda_archs=toolchain.parse_cuda_archs(options.archs))
+    settings = dataclasses.replace(settings, sanitize=options.sanitize)
     if options.cuda:
         settings = dataclasses.replace(settings, build_cuda="1")
     chosen = [device for device in DEVICES if getattr(options, device)] or DEVICES
@@ -348,6 +361,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--archs", help="GPU architectures, such as 90a or 80+PTX,90a (the default)")
     parser.add_argument(
         "--verbose", action="store_true", help="registers, spills and shared memory of each kernel"
+    )
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="CPU kernels with checks of addresses and undefined behaviour; to load them, preload libasan and libubsan",
     )
     parser.add_argument("--werror", action="store_true", help="a warning of the compiler is an error")
     return parser

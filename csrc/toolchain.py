@@ -26,13 +26,15 @@ class Settings:
 
     build_cuda: "auto", "0" or "1" (TORCHMIX_BUILD_CUDA). require: a kernel that is missing is an error
     (TORCHMIX_REQUIRE_KERNELS=1). cuda_archs: such as ("80+ptx", "90a") (TORCHMIX_CUDA_ARCHS, separated by
-    commas, semicolons or spaces). jobs: compilers that run at a time (MAX_JOBS, default: the cores).
+    commas, semicolons or spaces). jobs: compilers that run at a time (MAX_JOBS, default: the cores). sanitize: CPU
+    kernels check addresses and undefined behaviour; for tests.
     """
 
     build_cuda: str = "auto"
     require: bool = False
     cuda_archs: tuple[str, ...] = DEFAULT_CUDA_ARCHS
     jobs: int = 1
+    sanitize: bool = False
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:

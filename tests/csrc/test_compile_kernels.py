@@ -74,6 +74,18 @@ def test_cpu_sources_take_the_cxx_compiler(tree: Tree) -> None:
     assert not tree.library("cuda").exists()
 
 
+def test_sanitizers_are_asked_for_in_both_steps(tree: Tree) -> None:
+    """And a library without them is another one."""
+    tree.add_compiler("g++")
+    tree.write("cpu/one.cpp", "// nothing\n")
+    assert tree.compile("--cpu", "--sanitize").returncode == 0
+    assert all("-fsanitize=address,undefined" in command for command in tree.commands())
+    assert tree.compile("--cpu").returncode == 0
+    plain = tree.commands()
+    assert len(plain) == 2
+    assert not any("-fsanitize" in command for command in plain)
+
+
 def test_errors_are_shown_and_the_old_library_stays(tree: Tree) -> None:
     tree.compile("--cuda")
     before = tree.library("cuda").read_text()
