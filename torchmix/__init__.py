@@ -12,8 +12,9 @@ The map of the package, lowest layer first:
     what flows through linear layers; perplexity and KL divergence
 ``rounding``, ``salience``, ``allocation``, ``transforms``
     GPTQ, refit and refinement; what a row's error costs; which row gets how many bits; exact rewrites of a model
-``selection``, ``repacking``, ``scoring``, ``sequential``, ``calibration``, ``config``, ``checkpoint``
-    which weights; the order that GPU kernels read; scores of all rows; rounding in sequence; what was measured;
+``selection``, ``repacking``, ``fusing``, ``scoring``, ``sequential``, ``calibration``, ``config``, ``checkpoint``
+    which weights; the order that GPU kernels read; projections as one product; scores of all rows; rounding in
+    sequence; what was measured;
     ``quantize_``; files
 ``workflow``, ``data``, ``huggingface``, ``tuning``
     ``calibrate``; tokens from texts, chats and data sets; transformers; training on top
@@ -43,6 +44,7 @@ if not _is_command():
     from torchmix.checkpoint_inspection import inspect_checkpoint
     from torchmix.config import MixLLMConfig, mixllm_config
     from torchmix.evaluation import Evaluation, evaluate
+    from torchmix.fusing import FuseReport, fuse_projections, unfuse_projections
     from torchmix.huggingface import is_available as _transformers_is_available
     from torchmix.huggingface import register as _register_with_transformers
     from torchmix.repacking import RepackReport, repack, to_plain
@@ -57,12 +59,14 @@ __all__ = [
     "BitPlan",
     "Calibration",
     "Evaluation",
+    "FuseReport",
     "MixLLMConfig",
     "MixedPrecisionTensor",
     "RepackReport",
     "calibrate",
     "compile_blocks",
     "evaluate",
+    "fuse_projections",
     "inspect_checkpoint",
     "load_pretrained",
     "mixllm_config",
@@ -71,4 +75,5 @@ __all__ = [
     "save_pretrained",
     "to_plain",
     "tune",
+    "unfuse_projections",
 ]

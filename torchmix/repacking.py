@@ -123,7 +123,7 @@ def _replace(
         changed = change(name, places[0][0].get_parameter(places[0][1]))
         for module, leaf in places:
             setattr(module, leaf, changed)
-            _save_plain(module)
+            save_plain(module)
 
 
 def _places(model: nn.Module, kind: type[PackedTensor]) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -138,7 +138,7 @@ def _places(model: nn.Module, kind: type[PackedTensor]) -> dict[str, list[tuple[
     return {names[key]: places[key] for key in names}
 
 
-def _save_plain(module: nn.Module) -> None:
+def save_plain(module: nn.Module) -> None:
     """Let ``state_dict`` of a module hold plain weights from now on."""
     if module not in _SAVE_PLAIN:
         module.register_state_dict_post_hook(plain_state_dict)

@@ -147,7 +147,7 @@ class Bench:
 
     def _model(self, name: str) -> LlamaForCausalLM:
         """The model in one format, compiled where blocks are."""
-        missing = missing_kernel(self.options.device) if name == "torchmix" else None
+        missing = missing_kernel(self.options.device) if name.startswith("torchmix") else None
         if missing:
             raise RuntimeError(missing)
         torch.manual_seed(0)
@@ -214,7 +214,7 @@ class Bench:
             if (row["format"], row["what"], row["batch"], row["tokens"]) == ("bf16", what, batch, tokens)
         ]
         row = {
-            "format": f"{name} {mix_name(self.options.row_bits)}" if name == "torchmix" else name,
+            "format": f"{name} {mix_name(self.options.row_bits)}" if name.startswith("torchmix") else name,
             "blocks": f"{self.options.layers} of {LLAMA_8B['num_hidden_layers']}",
             "what": what,
             "batch": batch,

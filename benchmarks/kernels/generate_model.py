@@ -131,11 +131,11 @@ def block_linears(model: LlamaForCausalLM) -> Iterator[nn.Linear]:
     return (module for module in model.model.layers.modules() if isinstance(module, nn.Linear))
 
 
-def to_torchmix(model: LlamaForCausalLM, mix: Mix) -> None:
+def to_torchmix(model: LlamaForCausalLM, mix: Mix, fuse: bool = False) -> None:
     """Weights of mixed widths in the kernels' layout, without rounding each of them.
 
     Time and memory do not depend on the values: one random weight per shape is rounded to nearest, and every layer of
-    that shape gets a copy of it. Rows of each width are scattered.
+    that shape gets a copy of it. Rows of each width are scattered. fuse: q, k, v and gate, up are one product each.
 
     Raises:
         RuntimeError: on a GPU, for weights that its kernels do not read.
@@ -151,6 +151,8 @@ def to_torchmix(model: LlamaForCausalLM, mix: Mix) -> None:
     left = torchmix.repack(model).left
     if left and model.device.type == "cuda":
         raise RuntimeError(f"{len(left)} weights are not repacked; {left[0][0]}: {left[0][1]}")
+    if fuse:
+        torchmix.fuse_projections(model)
 
 
 def to_torchao(model: LlamaForCausalLM, config: Callable[[], Any]) -> None:
@@ -166,6 +168,7 @@ def formats(mix: Mix) -> dict[str, Callable[[LlamaForCausalLM], None]]:
     return {
         "bf16": lambda model: None,
         "torchmix": partial(to_torchmix, mix=mix),
+        "torchmix_fused": partial(to_torchmix, mix=mix, fuse=True),
         "torchao_int4": partial(to_torchao, config=int4),
         "torchao_int4_tinygemm": partial(to_torchao, config=tiles),
         "torchao_int8_dynamic": partial(to_torchao, config=Int8DynamicActivationInt8WeightConfig),

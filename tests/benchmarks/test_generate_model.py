@@ -63,11 +63,11 @@ def test_all_blocks_share_their_graphs() -> None:
     assert counter.frame_count == 2
 
 
-def mixed_llama(layers: int, monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
+def mixed_llama(layers: int, monkeypatch: pytest.MonkeyPatch, name: str = "torchmix") -> LlamaForCausalLM:
     """torchmix weights in tiles, as on a GPU with kernels."""
     monkeypatch.setattr(torchmix, "repack", partial(torchmix.repack, force=True))
     model = random_llama(layers, "cpu", **TINY)
-    formats({8: 0.25, 4: 0.75})["torchmix"](model)
+    formats({8: 0.25, 4: 0.75})[name](model)
     return model
 
 
@@ -83,8 +83,9 @@ def test_torchmix_weights_have_the_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.isfinite(prefill(model, new_state(model, 1, 3, 3))).all()
 
 
-def test_torchmix_blocks_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mixed_llama(10, monkeypatch)
+@pytest.mark.parametrize("name", ["torchmix", "torchmix_fused"])
+def test_torchmix_blocks_share_their_graphs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    model = mixed_llama(10, monkeypatch, name)
     state = new_state(model, 2, TOKENS, TOKENS)
     expected = prefill(model, state)
     counter = CompileCounter()
