@@ -224,7 +224,8 @@ def test_saved_files_are_the_same(tmp_path: Path, shard: int | str) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_load_pretrained_repacks_modules(tmp_path: Path) -> None:
+def test_load_pretrained_repacks_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHMIX_REPACK", "1")
     model = apply_plan(sequential(), random_plan(sequential()))
     save_pretrained(model, tmp_path / "model")
     loaded = load_pretrained(tmp_path / "model", model=sequential())
@@ -235,18 +236,28 @@ def test_load_pretrained_repacks_modules(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_loading_leaves_weights_plain_where_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHMIX_REPACK", "0")
+@pytest.mark.parametrize(
+    ("choice", "measured", "tiled"), [(None, True, True), (None, False, False), ("0", True, False)]
+)
+def test_loading_repacks_where_kernels_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str | None, measured: bool, tiled: bool
+) -> None:
+    monkeypatch.setattr(repacking, "_on_measured_gpus", lambda model: measured)
+    if choice is not None:
+        monkeypatch.setenv("TORCHMIX_REPACK", choice)
     model = apply_plan(sequential(), random_plan(sequential()))
     save_pretrained(model, tmp_path / "model")
     loaded = load_pretrained(tmp_path / "model", model=sequential())
-    assert not any(isinstance(weight, TiledTensor) for weight in loaded.parameters())
+    assert any(isinstance(weight, TiledTensor) for weight in loaded.parameters()) == tiled
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_transformers_repacks_after_loading(tmp_path: Path, family: str) -> None:
+def test_transformers_repacks_after_loading(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Conv1D weights are transposed; experts stay plain."""
+    monkeypatch.setenv("TORCHMIX_REPACK", "1")
     import transformers
 
     (model, _), ids = quantized_model(family), random_ids(2, 9)
@@ -304,7 +315,8 @@ def test_kernels_in_a_compiled_model(backend: str) -> None:
 
 
 @needs_kernels
-def test_models_are_repacked_when_loaded_to_a_gpu(tmp_path: Path) -> None:
+def test_models_are_repacked_when_loaded_to_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHMIX_REPACK", "1")
     plan = random_plan(sequential(), (3, 4, 5, 6, 8))
     model = apply_plan(sequential(), plan)
     save_pretrained(model, tmp_path / "model")

@@ -21,6 +21,7 @@ from torchmix.tiles import GROUP_SIZE
 
 KERNEL_WIDTHS = (3, 4, 5, 6, 8)
 MIN_CAPABILITY = (8, 0)  # of the GPU
+MEASURED_CAPABILITY = (9, 0)  # elsewhere an emulator has run the kernels so far
 _SAVE_PLAIN: WeakSet[nn.Module] = WeakSet()  # modules whose state dict is taken care of
 
 
@@ -40,7 +41,8 @@ def repack(model: nn.Module, *, force: bool = False) -> RepackReport:
 
     Outputs stay the same up to the rounding of float32 sums. ``state_dict``, checkpoints and pickles of the model
     hold the plain bytes as before. Call it once the model is on the GPU, and compile the model afterwards. Loading a
-    model to a GPU does it too, unless ``TORCHMIX_REPACK=0`` is in the environment.
+    model to a GPU of compute capability 9.0 does it too; ``TORCHMIX_REPACK=1`` in the environment does it on the
+    others that kernels support, on which they have not run yet, and ``TORCHMIX_REPACK=0`` on none.
 
     Args:
         model: any module with quantized weights; the unquantized ones are left alone.
@@ -66,9 +68,22 @@ def repack(model: nn.Module, *, force: bool = False) -> RepackReport:
 
 
 def repack_loaded(model: nn.Module) -> None:
-    """What loading does with a model: :func:`repack`, unless ``TORCHMIX_REPACK=0`` says that it shall not."""
-    if os.environ.get("TORCHMIX_REPACK") != "0":
+    """What loading does with a model: :func:`repack`, on GPUs where the kernels have been measured.
+
+    ``TORCHMIX_REPACK=1`` asks for it everywhere, ``TORCHMIX_REPACK=0`` nowhere.
+    """
+    choice = os.environ.get("TORCHMIX_REPACK")
+    if choice == "1" or (choice != "0" and _on_measured_gpus(model)):
         repack(model)
+
+
+def _on_measured_gpus(model: nn.Module) -> bool:
+    """Whether every quantized weight is on a GPU of compute capability 9.0."""
+    devices = {parameter.device for parameter in model.parameters() if isinstance(parameter, PackedTensor)}
+    return all(
+        device.type == "cuda" and torch.cuda.get_device_capability(device) == MEASURED_CAPABILITY
+        for device in devices
+    )
 
 
 def to_plain(model: nn.Module) -> tuple[str, ...]:
