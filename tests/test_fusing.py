@@ -116,12 +116,20 @@ def test_one_product_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     for part, expected in ((model.q_proj, q), (model.k_proj, k), (model.v_proj, v)):
         torch.testing.assert_close(part(x), expected)
     assert len(products) == 1
-    assert model.q_proj._parts == []
-    assert model.q_proj._input is None
+    assert model.q_proj._kept is None
     torch.testing.assert_close(model.v_proj(x), v)
     torch.testing.assert_close(model.k_proj(other), k_other)
     torch.testing.assert_close(model.k_proj(other), k_other)
     torch.testing.assert_close(model.q_proj(x), q)
+
+
+def test_an_input_that_is_a_parameter() -> None:
+    """Keeping it must not make it one of the model's."""
+    model, x = quantized(Attention()), nn.Parameter(torch.randn(4, 200))
+    fuse_projections(model)
+    names = [name for name, _ in model.named_parameters()]
+    model.q_proj(x)
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_gradients_reach_the_input() -> None:
@@ -145,12 +153,13 @@ def test_one_graph(prepare: Callable[[nn.Module], None]) -> None:
     with torch.no_grad():
         for x in torch.randn(3, 4, 200):
             torch.testing.assert_close(compiled(x), model(x))
-    assert model.q_proj._parts == []
+    assert model.q_proj._kept is None
 
 
-def test_a_transformers_model(tmp_path: Path) -> None:
-    """Generation, and a saved directory with the bytes of the model that is not fused."""
-    (model, _), ids = quantized_model("llama"), random_ids(2, 9)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_transformers_model(tmp_path: Path, family: str) -> None:
+    """A saved directory has the bytes of the model that is not fused, with biases (qwen2) and without."""
+    (model, _), ids = quantized_model(family), random_ids(2, 9)
     expected = logits(model, ids)
     save_pretrained(model, tmp_path / "before")
     report = fuse_projections(model)

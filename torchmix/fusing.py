@@ -35,8 +35,8 @@ class FuseReport:
 class FusedLinear(nn.Module):
     """The first of some projections: one weight (N1 + N2 + .., K), one product, outputs in parts.
 
-    Outputs for the other projections are kept until they ask for them, with the same input; with another input, or
-    once more, everything is computed again. One thread at a time may use it.
+    Outputs for the other projections are kept until they ask for them, with the same, unchanged input; with another
+    input, or once more, everything is computed again. One thread at a time may use it.
     """
 
     def __init__(self, weight: PackedTensor, bias: nn.Parameter | None, sizes: Sequence[int]) -> None:
@@ -44,8 +44,9 @@ class FusedLinear(nn.Module):
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
         self.sizes = list(sizes)
         self.in_features, self.out_features = weight.in_features, self.sizes[0]
-        self._input: Tensor | None = None
-        self._parts: list[Tensor | None] = []
+        self._kept: tuple[Tensor, list[Tensor | None]] | None = (
+            None  # the input, and outputs not yet asked for
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N1)."""
@@ -53,14 +54,13 @@ class FusedLinear(nn.Module):
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """Output of projection ``index``: (..., K) to (..., N of it)."""
-        if self._input is not x or self._parts[index] is None:
-            self._input = x
-            self._parts = list(F.linear(x, self.weight, self.bias).split(self.sizes, -1))
-        result = self._parts[index]
+        kept = self._kept
+        if kept is None or kept[0] is not x or kept[1][index] is None:
+            kept = (x, list(F.linear(x, self.weight, self.bias).split(self.sizes, -1)))
+        result = kept[1][index]
         assert result is not None, "it has just been computed, or was there"
-        self._parts[index] = None
-        if all(part is None for part in self._parts):
-            self._input, self._parts = None, []
+        kept[1][index] = None
+        self._kept = None if all(part is None for part in kept[1]) else kept
         return result
 
     def stored(self, index: int) -> tuple[MixedPrecisionTensor, Tensor | None]:

@@ -222,13 +222,6 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Computes these registers here, before what follows.
-template <int N>
-__device__ __forceinline__ void stay_here(uint32_t (&values)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(values[i]));
-}
-
 // --- tensor cores --------------------------------------------------------------------------------------------------
 
 // d += a b of one 16 x 8 tile over 32 inputs: a unsigned or signed codes of the weight, b signed codes of activations.
@@ -267,6 +260,13 @@ __device__ __forceinline__ void more_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
+}
+
+// Has these registers computed here. The compiler would do it after a wait for the tensor cores, which leave the time.
+template <int N>
+__device__ __forceinline__ void stay_here(uint32_t (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(values[i]));
 }
 
 // A barrier of some warps of a block (the number of threads is a multiple of 32).

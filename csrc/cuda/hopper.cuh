@@ -1,7 +1,7 @@
 // mixed_linear on sm_90a: weights from memory straight into the tensor cores' registers, any number of tokens.
 //
-// A block has 128 rows (two tiles, one for each of its two warpgroups) by TOKENS tokens at a time. A producer warp
-// brings the weights and the tokens' codes of one group of inputs after another into a ring of stages; weights are
+// A block has 128 rows (two tiles, one for each of its two warpgroups) by TOKENS tokens at a time. Two threads
+// bring the weights and the tokens' codes of one group of inputs after another into a ring of stages; weights are
 // unpacked to bytes in registers, the left operand of wgmma, while the tensor cores work on the group before. Work is
 // cut by the Schedule, so that all blocks end together; blocks that share a piece add up their sums in a fixed order.
 //

@@ -7,7 +7,7 @@
 
 namespace torchmix {
 
-constexpr int kHopperThreads = 384;  // a warpgroup of which one thread copies, two that multiply
+constexpr int kHopperThreads = 384;  // a warpgroup of which two threads copy, two that multiply
 constexpr int kMultiplying = 256;
 constexpr int kTileSpace = block_bytes(8);  // of a stage, for each warpgroup
 constexpr int kMaxStages = 12;

@@ -140,8 +140,8 @@ struct Multiplier {
       keep_offsets(group + j, now[j].weights);
       sums[j] = sums_of_codes<BITS>(now[j].weights);
     }
-    if (more) load<BITS>(next);
     if (more) {
+      load<BITS>(next);
 #pragma unroll
       for (Group& one : next) stay_here(one.weights.a);
     }

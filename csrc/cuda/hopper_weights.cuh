@@ -86,6 +86,18 @@ __device__ __forceinline__ float4 load_token_scales(const uint8_t* from, int j, 
   return *reinterpret_cast<const float4*>(mine);
 }
 
+// Calls function(number of a sum of row i, scale of its token) for all of a thread's tokens; row i + 8 is two further on.
+template <int TOKENS, class Function>
+__device__ __forceinline__ void for_tokens(const uint8_t* token_scales, int lane, Function function) {
+#pragma unroll
+  for (int j = 0; j < TOKENS / 8; j += 2) {
+    const float4 four = load_token_scales<TOKENS>(token_scales, j, lane);
+    const float scale[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int e = 0; e < (TOKENS < 16 ? 2 : 4); e++) function(4 * (j + e / 2) + e % 2, scale[e]);
+  }
+}
+
 // y += integer sums times scales, in units of 2^-25: two multiply-adds for each, see hopper.cuh.
 template <int TOKENS>
 __device__ __forceinline__ void scale_sums(float (&y)[TOKENS / 2], const int (&v)[TOKENS / 2], uint32_t scales,
@@ -93,34 +105,20 @@ __device__ __forceinline__ void scale_sums(float (&y)[TOKENS / 2], const int (&v
   const float low = low_scale(scales) * 0x1p124f, high = high_scale(scales) * 0x1p124f;
   const float low_rest = low * -0x1p-142f * static_cast<float>(sums.low);
   const float high_rest = high * -0x1p-142f * static_cast<float>(sums.high);
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; j += 2) {
-    const float4 four = load_token_scales<TOKENS>(token_scales, j, lane);
-    const float scale[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int e = 0; e < (TOKENS < 16 ? 2 : 4); e++) {
-      const int at = 4 * (j + e / 2) + e % 2;
-      y[at] = fmaf(fmaf(__int_as_float(v[at]), low, low_rest), scale[e], y[at]);
-      y[at + 2] = fmaf(fmaf(__int_as_float(v[at + 2]), high, high_rest), scale[e], y[at + 2]);
-    }
-  }
+  for_tokens<TOKENS>(token_scales, lane, [&](int at, float scale) {
+    y[at] = fmaf(fmaf(__int_as_float(v[at]), low, low_rest), scale, y[at]);
+    y[at + 2] = fmaf(fmaf(__int_as_float(v[at + 2]), high, high_rest), scale, y[at + 2]);
+  });
 }
 
 // The same for scales of any size, in units of 1, with a conversion for each sum.
 template <int TOKENS>
 __device__ __forceinline__ void scale_sums_slowly(float (&y)[TOKENS / 2], const int (&v)[TOKENS / 2], uint32_t scales,
                                                   const CodeSums& sums, const uint8_t* token_scales, int lane) {
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; j += 2) {
-    const float4 four = load_token_scales<TOKENS>(token_scales, j, lane);
-    const float scale[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int e = 0; e < (TOKENS < 16 ? 2 : 4); e++) {
-      const int at = 4 * (j + e / 2) + e % 2;
-      y[at] = fmaf(static_cast<float>(v[at] - 128 * sums.low) * low_scale(scales), scale[e], y[at]);
-      y[at + 2] = fmaf(static_cast<float>(v[at + 2] - 128 * sums.high) * high_scale(scales), scale[e], y[at + 2]);
-    }
-  }
+  for_tokens<TOKENS>(token_scales, lane, [&](int at, float scale) {
+    y[at] = fmaf(static_cast<float>(v[at] - 128 * sums.low) * low_scale(scales), scale, y[at]);
+    y[at + 2] = fmaf(static_cast<float>(v[at + 2] - 128 * sums.high) * high_scale(scales), scale, y[at + 2]);
+  });
 }
 
 }  // namespace torchmix

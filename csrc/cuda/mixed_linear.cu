@@ -1,5 +1,6 @@
 // torchmix::mixed_linear_tiled and its form for quantized activations on CUDA (torchmix/ops/mixed_linear_tiled.py).
 #include <atomic>
+#include <mutex>
 #include <random>
 
 #include "host.h"
@@ -13,18 +14,17 @@ constexpr int kQuantizeInside = 16;  // tokens up to which every block of stream
 constexpr int kMostDevices = 64;
 
 DeviceLimits device_limits(int device) {
-  static DeviceLimits known[kMostDevices];  // written once; a race writes the same values
+  static DeviceLimits known[kMostDevices];
+  static std::once_flag asked[kMostDevices];
   STD_TORCH_CHECK(device >= 0 && device < kMostDevices, "mixed_linear: device ", device, " is out of range");
   DeviceLimits& limits = known[device];
-  if (limits.multiprocessors == 0) {
-    int major = 0, shared = 0, multiprocessors = 0;
+  std::call_once(asked[device], [&] {
+    int major = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    limits.shared_bytes = shared;
+    cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     limits.hopper = major == 9 && has_hopper_code();  // of the current device, which is this one
-    limits.multiprocessors = multiprocessors;
-  }
+  });
   return limits;
 }
 

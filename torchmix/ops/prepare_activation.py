@@ -16,8 +16,7 @@ The sums are value = scale * group_sum in float32, as two bfloat16 which add up 
 part 0 = bfloat16(value), part 1 = bfloat16(value - part 0). A chunk is 16 groups, 0 beyond G. Its group
 g = 16 * chunk + 4 * q + e (e < 4) stands at k = 2 * q + e for e < 2, else at k = 8 + 2 * q + e - 2.
 
-Tokens M..Mp - 1 fill up the last 16. The reference gives them bytes 128, scales and sums 0, but what they hold is not
-specified: a kernel may leave anything there.
+Tokens M..Mp - 1 fill up the last 16: bytes 128, scales and sums 0.
 
 Shapes: M tokens, K in_features, G = ceil(K / 128), Mp = M rounded up to a multiple of 16, C = ceil(G / 16).
 """
@@ -31,10 +30,8 @@ from torch.nn.functional import pad
 from torchmix.ops.quantize_activation import quantize_activation
 from torchmix.tiles import GROUP_SIZE, SIGN
 
-TOKENS, CHUNK_GROUPS = (
-    16,
-    16,
-)  # tokens are filled up to a multiple of the one, groups of sums to one of the other
+TOKENS = 16  # they are filled up to a multiple of it
+CHUNK_GROUPS = 16  # groups whose sums lie together
 PLACES, PLACE_BYTES = 8, 16  # of a token's codes in one group
 SCALE_BYTES, SUM_BYTES = 4, 64  # per token: a group's scale, a chunk's sums
 
@@ -128,9 +125,8 @@ def _sums(values: Tensor) -> Tensor:
     high = values.bfloat16()
     parts = torch.stack([high, (values - high.float()).bfloat16()])
     parts = pad(parts, (0, chunks * CHUNK_GROUPS - groups))
-    parts = parts.view(
-        2, padded // 8, 8, chunks, 4, 2, 2
-    )  # part, token // 8, token % 8, chunk, q, e // 2, e % 2
+    # part, token // 8, token % 8, chunk, q, e // 2, e % 2
+    parts = parts.view(2, padded // 8, 8, chunks, 4, 2, 2)
     return parts.permute(3, 1, 0, 5, 2, 4, 6).reshape(chunks, padded // 8, 2, 2, 8, 8)
 
 
